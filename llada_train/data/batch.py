@@ -1,0 +1,32 @@
+"""What one forward pass needs: the boundary between the data plane and the compute plane."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B rows and S columns with K masked positions (padding included).
+
+    K is at least 1 and a multiple of 256; the padding repeats position 0 with weight 0. All of it is made on the host,
+    so that the device never has to be asked how many positions are masked.
+    """
+
+    input_ids: Tensor  # [B, S] int64, noised
+    position_ids: Tensor  # [B, S] int64
+    cu_seqlens: Tensor | None  # [segments + 1] int32 over the B·S flattened tokens; None: every row is one segment
+    masked_positions: Tensor  # [K] int64, indexes into the B·S flattened tokens
+    targets: Tensor  # [K] int64
+    loss_weight: Tensor  # [K] fp32, already normalised over the global batch
+    sample_index: Tensor  # [B] int64, the rows' places in the run's global order
+    t: Tensor  # [B] fp32, mask probability p of each row
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; from pinned memory the copy is asynchronous."""
+        moved = {
+            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
+            for f in fields(self)
+        }
+        return Batch(**moved)
