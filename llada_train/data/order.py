@@ -1,0 +1,128 @@
+"""The run's global order in closed form: sample g → (corpus, epoch, row). Nothing to build, save or restore."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llada_train.objective.keyed import Purpose
+
+QUANTA = 1 << 16  # weights are multiples of 1/QUANTA
+ROUNDS = 8
+MAX_SIZE = 1 << 62
+
+
+def permute(index: npt.ArrayLike, size: int, seed: int, stream: tuple[int, ...]) -> np.ndarray:
+    """Where a keyed permutation of range(size) sends each `index`: int64, of index's shape.
+
+    A balanced Feistel network over the least even power of two ≥ size (Luby & Rackoff 1988), walked along its cycle
+    until it is back inside range(size) (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"): the domain is
+    less than 4 times `size`, so that fewer than 4 steps are expected. Each `seed` and each `stream` (at most 3
+    numbers) has its own permutation.
+
+    Raises:
+        ValueError: size is not in 1..2^62, or an index is not in range(size).
+    """
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"size {size} is not in 1..2^62")
+    index = np.asarray(index, dtype=np.int64)
+    if index.size and (index.min() < 0 or index.max() >= size):
+        raise ValueError(f"index {index.min()}..{index.max()} is not in range({size})")
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    round_keys = _round_keys(seed, stream)
+    result = _feistel(index.astype(np.uint64).ravel(), half_bits, round_keys)
+    while (outside := np.flatnonzero(result >= size)).size:
+        result[outside] = _feistel(result[outside], half_bits, round_keys)
+    return result.astype(np.int64).reshape(index.shape)
+
+
+def _round_keys(seed: int, stream: tuple[int, ...]) -> np.ndarray:
+    # Philox increments its counter's first word, so the streams' counters never meet.
+    counter = [0, *stream, *[0] * (3 - len(stream))]
+    return np.random.Philox(key=[seed, Purpose.ORDER], counter=counter).random_raw(ROUNDS)
+
+
+def _feistel(value: np.ndarray, half_bits: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = value >> half_bits, value & mask
+    for key in round_keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << half_bits) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): every output bit depends on every input bit; wraps modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Mixture:
+    """Interleaves corpora by weight, without state.
+
+    The weights are rounded to k_c / 2^16, each k_c at least 1, and K = Σ k_c samples make one period, in which corpus c
+    comes exactly k_c times, its j-th time at the place (j + ½) / k_c of the period.
+
+    Any prefix of n samples holds n·w_c samples of corpus c within ½ + ½·w_c·max(0, C − 2), with w_c = k_c / K and C
+    corpora. For at the place x corpus c has come k_c·x + e_c times, |e_c| ≤ ½, and n = K·x + Σ e, so the distance is
+    |e_c − w_c·Σ e| ≤ ½·(1 − w_c) + ½·w_c·(C − 1).
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """
+        Raises:
+            ValueError: no weights, or one that is not positive and finite.
+        """
+        shares = np.asarray(weights, dtype=np.float64)
+        if not shares.size or not np.all(np.isfinite(shares)) or shares.min() <= 0:
+            raise ValueError(f"weights must be positive: {list(weights)}")
+        self.counts = np.maximum(1, np.rint(shares / shares.sum() * QUANTA)).astype(np.int64)  # k_c
+        corpus = np.repeat(np.arange(len(self.counts)), self.counts)
+        rank = np.concatenate([np.arange(count) for count in self.counts])
+        # Equal fractions are equal floats, division being correctly rounded: ties go to the earlier corpus everywhere.
+        places = np.argsort((rank + 0.5) / self.counts[corpus], kind="stable")
+        self._corpus, self._rank = corpus[places], rank[places]
+
+    def locate(self, g: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+        """Samples g [n] → (the corpus of each, the how-manieth sample of that corpus it is), both int64 [n]."""
+        period, r = np.divmod(np.asarray(g, dtype=np.int64), len(self._corpus))
+        corpus = self._corpus[r]
+        return corpus, period * self.counts[corpus] + self._rank[r]
+
+
+class RowIndex(NamedTuple):
+    """Which row each sample is: int64 arrays of one shape."""
+
+    corpus: np.ndarray
+    epoch: np.ndarray
+    row: np.ndarray
+
+
+class Order:
+    """The global order of a run: a mixture of corpora, each in a new order every epoch."""
+
+    def __init__(self, rows_per_corpus: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        """`weights` are shares of the samples (rows), not of the epochs.
+
+        Raises:
+            ValueError: a corpus without rows, or not as many weights as corpora.
+        """
+        if len(rows_per_corpus) != len(weights) or min(rows_per_corpus, default=0) < 1:
+            raise ValueError(f"corpora of {list(rows_per_corpus)} rows with weights {list(weights)}")
+        self.rows_per_corpus = np.asarray(rows_per_corpus, dtype=np.int64)
+        self.mixture = Mixture(weights)
+        self.seed = seed
+
+    def locate(self, g: npt.ArrayLike) -> RowIndex:
+        """Samples g [n] → the row that each one is, by (corpus, epoch, row within the corpus).
+
+        Within one (corpus, epoch) every row comes exactly once.
+        """
+        corpus, n = self.mixture.locate(g)
+        epoch, place = np.divmod(n, self.rows_per_corpus[corpus])
+        row = np.empty_like(place)
+        for c, e in np.unique(np.stack([corpus, epoch]).reshape(2, -1), axis=1).T.tolist():
+            here = (corpus == c) & (epoch == e)
+            row[here] = permute(place[here], int(self.rows_per_corpus[c]), self.seed, (c, e))
+        return RowIndex(corpus, epoch, row)
