@@ -1,0 +1,116 @@
+"""Reading a checkpoint by global tensor name, in pieces, from any layout. Needs no engine."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llada_train.checkpoint.manifest import FragmentEntry, Manifest, read_manifest
+from llada_train.config.errors import UserError
+from llada_train.config.schema import Config
+from llada_train.model.sizes import TensorSpec, slice_runs, tensor_specs
+
+MASTER = "master"
+
+
+class Checkpoint:
+    """An open checkpoint folder; a context manager. fp32 throughout."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError: no checkpoint, a damaged manifest, or a file that is missing or has another size."""
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.config = Config.model_validate(self.manifest.config)
+        self._specs = tensor_specs(self.config.model)
+        self._files: dict[str, Any] = {}
+        self._places: dict[str, _Places] = {}
+        self._stack = ExitStack()
+        if set(self.manifest.tensors) != set(self._specs):
+            raise UserError(f"{folder}: damaged: the manifest's tensors are not those of its own config's model")
+        for name, entry in self.manifest.files.items():
+            file = folder / name
+            size = file.stat().st_size if file.exists() else None
+            if size != entry.size:
+                found = "is missing" if size is None else f"has {size:,} bytes, {entry.size:,} were written"
+                raise UserError(f"{file}: damaged checkpoint: the file {found}; use an older checkpoint")
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def verify(self, files: Iterable[str]) -> None:
+        """Compare the files' checksums with the manifest's. Raises UserError naming the first that differs."""
+        for name in files:
+            if sha256(self.folder / name) != self.manifest.files[name].sha256:
+                raise UserError(f"{self.folder / name}: damaged: its checksum differs; use an older checkpoint")
+
+    def names(self) -> list[str]:
+        return list(self._specs)
+
+    def read(self, name: str) -> Tensor:
+        """A whole global tensor of the fp32 master weights."""
+        spec = self._specs[name]
+        return self.read_runs(name, MASTER, [(0, spec.numel)]).view(spec.shape)
+
+    def read_runs(self, name: str, kind: str, runs: Iterable[tuple[int, int]]) -> Tensor:
+        """Ranges (start, length) of the flattened global tensor, one after the other. [Σ length] fp32."""
+        if name not in self._places:
+            self._places[name] = _Places(self._specs[name], self.manifest.tensors[name])
+        wanted = list(runs)
+        out = torch.empty(sum(length for _, length in wanted))
+        filled = 0
+        for start, length in wanted:
+            for entry, offset, count in self._places[name].find(name, start, length):
+                out[filled : filled + count] = self._slice(entry, f"{kind}/{name}", offset, count)
+                filled += count
+        return out
+
+    def _slice(self, entry: FragmentEntry, key: str, offset: int, count: int) -> Tensor:
+        path = self.folder / entry.file
+        try:
+            if entry.file not in self._files:
+                self._files[entry.file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            return self._files[entry.file].get_slice(key)[offset : offset + count]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged checkpoint: {key}: {error}; use an older checkpoint") from None
+
+
+class _Places:
+    """Where each flat range of one global tensor is stored, sorted by its start."""
+
+    def __init__(self, spec: TensorSpec, entries: list[FragmentEntry]) -> None:
+        self.entries = entries
+        rows: list[tuple[int, int, int, int]] = []  # global start, length, entry, offset within the fragment
+        for number, entry in enumerate(entries):
+            position = 0  # within the slice
+            for start, length in slice_runs(spec, entry.index, entry.count):
+                first, last = max(position, entry.start), min(position + length, entry.stop)
+                if first < last:
+                    rows.append((start + first - position, last - first, number, first - entry.start))
+                position += length
+        rows.sort()
+        self.table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+    def find(self, name: str, start: int, length: int) -> Iterator[tuple[FragmentEntry, int, int]]:
+        """(fragment, offset in it, elements) that together hold [start, start + length)."""
+        row = int(np.searchsorted(self.table[:, 0], start, side="right")) - 1
+        while length:
+            inside = start - int(self.table[row, 0]) if 0 <= row < len(self.table) else -1
+            if inside < 0 or inside >= self.table[row, 1]:
+                raise UserError(f"damaged checkpoint: {name} lacks element {start:,}; use an older checkpoint")
+            count = min(length, int(self.table[row, 1]) - inside)
+            yield self.entries[int(self.table[row, 2])], int(self.table[row, 3]) + inside, count
+            start, length, row = start + count, length - count, row + 1
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,78 @@
+"""Every tensor of a LLaDA transformer in one table: name, global shape, tensor-parallel axis, initial spread.
+
+The table comes from the config alone and is the same in every layout; checkpoints, initialisation, conversion and
+parameter counts all read it. Shapes: H hidden, V padded vocabulary, F feed-forward, D head size.
+"""
+
+import math
+from dataclasses import dataclass
+
+from llada_train.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One global tensor. `partition_dim` is the axis that tensor parallelism cuts; None: every rank holds all of it."""
+
+    shape: tuple[int, ...]
+    partition_dim: int | None
+    init_std: float | None  # None: a norm's weight, initialised to 1 and free of weight decay
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def slice_runs(spec: TensorSpec, index: int, count: int) -> list[tuple[int, int]]:
+    """Slice `index` of `count` along the partition axis, as (start, length) ranges of the flattened global tensor."""
+    dim = spec.partition_dim or 0
+    outer, row = math.prod(spec.shape[:dim]), math.prod(spec.shape[dim:])
+    length = row // count
+    return [(o * row + index * length, length) for o in range(outer)]
+
+
+def tensor_specs(model: ModelConfig) -> dict[str, TensorSpec]:
+    """All tensors in forward order.
+
+    `linear_qkv` holds, for each key-value head, its query heads, its key, its value. `linear_fc1` is [2, F, H] (gate,
+    up), so that a slice of either axis is a slice of the global tensor. Initial spreads are the released model's
+    `mitchell`: σ = 1/√d_in, and 1/√(2·d_in·(layer+1)) for the two matrices that write to the residual stream.
+    """
+    H, V, F, D = model.hidden_size, model.padded_vocab_size, model.ffn_hidden_size, model.head_dim
+    into = 1 / math.sqrt(H)
+    norm = TensorSpec((H,), None, None)
+    specs = {"embedding.weight": TensorSpec((V, H), 0, into)}
+    for i in range(model.num_layers):
+        layer, queries = f"decoder.layers.{i}", model.num_heads * D
+        specs[f"{layer}.input_layernorm.weight"] = norm
+        specs[f"{layer}.self_attention.linear_qkv.weight"] = TensorSpec(
+            (queries + 2 * model.num_kv_heads * D, H), 0, into
+        )
+        specs[f"{layer}.self_attention.linear_proj.weight"] = TensorSpec(
+            (H, queries), 1, 1 / math.sqrt(2 * queries * (i + 1))
+        )
+        specs[f"{layer}.pre_mlp_layernorm.weight"] = norm
+        specs[f"{layer}.mlp.linear_fc1.weight"] = TensorSpec((2, F, H), 1, into)
+        specs[f"{layer}.mlp.linear_fc2.weight"] = TensorSpec((H, F), 1, 1 / math.sqrt(2 * F * (i + 1)))
+    specs["decoder.final_layernorm.weight"] = norm
+    specs["head.weight"] = TensorSpec((V, H), 0, into)
+    return specs
+
+
+def parameter_count(model: ModelConfig) -> int:
+    return sum(spec.numel for spec in tensor_specs(model).values())
+
+
+def non_embedding_parameter_count(model: ModelConfig) -> int:
+    """Without the input embedding and the head, as the paper counts (Tab. 5)."""
+    return parameter_count(model) - 2 * model.padded_vocab_size * model.hidden_size
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward model FLOPs of one token: 6·N + 12·L·S·d.
+
+    N leaves out the input embedding (a lookup); attention is not causal; the head counts in full although only masked
+    positions pass through it, so that figures compare with other trainers'.
+    """
+    matrices = parameter_count(model) - model.padded_vocab_size * model.hidden_size
+    return 6 * matrices + 12 * model.num_layers * sequence_length * model.hidden_size

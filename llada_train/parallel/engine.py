@@ -1,0 +1,246 @@
+"""The engine: megatron-core's schedule for forward and backward, DeepSpeed ZeRO for the optimizer step.
+
+The loss that comes in is already normalised over the global batch, so every sum here is a plain sum: over micro-batches
+(the schedule), over data parallelism (DeepSpeed takes the mean, the loss is multiplied by the number of ranks). All
+gradients are accumulated and reduced in fp32.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from llada_train.config.schema import Config
+from llada_train.data.batch import Batch
+from llada_train.model.transformer import LLaDATransformer, transformer_config
+from llada_train.model.weights import Shard, shards
+from llada_train.parallel import cpu
+from llada_train.parallel.topology import Topology
+
+T_BUCKETS = 10  # equal ranges of the mask probability over which the bound is reported
+MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What one global batch cost, summed over all micro-batches and ranks; equal on every rank."""
+
+    loss: float  # Σ weight·NLL: nats per token
+    bucket_losses: Tensor  # [T_BUCKETS] the part of `loss` from rows in each tenth of the mask probability
+    bucket_rows: Tensor  # [T_BUCKETS] rows in it
+
+    @property
+    def bound_by_t(self) -> list[float | None]:
+        """Mean bound (nats per token) of the rows in each tenth; None where there was no row."""
+        rows = self.bucket_rows.sum()  # a row's bound is its part of the loss × the rows of the global batch
+        return [
+            float(loss * rows / count) if count else None
+            for loss, count in zip(self.bucket_losses, self.bucket_rows, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter whose optimizer state this rank owns: flat elements [start, stop) of the shard."""
+
+    shard: Shard
+    start: int
+    stop: int
+    state: dict[str, Tensor]  # MASTER, FIRST_MOMENT, SECOND_MOMENT: flat fp32 views of stop − start elements
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The fragment as (start, length) ranges of the flattened global tensor."""
+        found, position = [], 0
+        for start, length in self.shard.runs():
+            first, last = max(position, self.start), min(position + length, self.stop)
+            if first < last:
+                found.append((start + first - position, last - first))
+            position += length
+        return found
+
+
+class _ModelParallelUnit:
+    """DeepSpeed asks its client for the process groups; "model parallel" means tensor × pipeline."""
+
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_model_parallel_world_size = staticmethod(lambda: parallel_state.get_model_parallel_group().size())
+    get_model_parallel_rank = staticmethod(lambda: parallel_state.get_model_parallel_group().rank())
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_group_ranks = staticmethod(
+        lambda: dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+    )
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+
+
+class Engine:
+    """A model in some layout, its optimizer, and the step that ties them."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.bf16 = config.training.precision == "bf16"
+        self.model = LLaDATransformer(config.model, transformer_config(config, topology.device.type == "cpu"))
+        self.shards = list(shards(self.model, config.model))
+        for shard in self.shards:  # DeepSpeed's own name for "this rank counts it in the gradient norm"
+            shard.parameter.model_parallel = shard.owned  # type: ignore[attr-defined]
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use on every rank
+            self._engine = self._deepspeed_engine()
+        self._allocate_optimizer_state()
+
+    def _deepspeed_engine(self) -> Any:
+        optimizer = self.config.optimizer
+        decayed = [s.parameter for s in self.shards if s.spec.init_std is not None]
+        norms = [s.parameter for s in self.shards if s.spec.init_std is None]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
+        engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=0.0,  # set anew at every step
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                fused=True,
+            ),
+            mpu=_ModelParallelUnit,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": self.config.training.micro_batch_size,
+                "gradient_accumulation_steps": 1,  # accumulation is megatron-core's
+                "gradient_clipping": optimizer.gradient_clipping,
+                "zero_optimization": {"stage": self.config.parallel.zero_stage},
+                "bf16": {"enabled": self.bf16, "immediate_grad_update": self.bf16},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",  # the default rounds gradients to bf16 on the wire
+                "steps_per_print": 10**9,
+            },
+        )
+        return engine
+
+    def _allocate_optimizer_state(self) -> None:
+        """Zero moments from the start, so that a checkpoint can be loaded into them without a step."""
+        adam = self._engine.optimizer.optimizer
+        for group in adam.param_groups:
+            for p in group["params"]:
+                adam.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    FIRST_MOMENT: torch.zeros_like(p),
+                    SECOND_MOMENT: torch.zeros_like(p),
+                }
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that Adam has taken (its bias correction counts them)."""
+        states = self._engine.optimizer.optimizer.state.values()
+        return int(next(iter(states))["step"])
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"].fill_(steps)
+
+    def set_weights(self, read: Callable[[Shard], Tensor]) -> None:
+        """Fill every parameter, and the fp32 master that this rank holds of it, from `read(shard)` → fp32 slice."""
+        for shard in self.shards:
+            value = read(shard)
+            with torch.no_grad():
+                shard.parameter.copy_(value.view_as(shard.parameter))
+            mapping = shard.parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                address = mapping.lp_fragment_address
+                mapping.hp_fragment.data.copy_(value.flatten()[address.start : address.start + address.numel])
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Views of the optimizer state that this rank owns; writing to them changes the state."""
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for shard in self.shards:
+            mapping = shard.parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                continue
+            address = mapping.lp_fragment_address
+            state = {
+                MASTER: mapping.hp_fragment.detach(),
+                FIRST_MOMENT: mapping.get_optim_state_fragment(FIRST_MOMENT),
+                SECOND_MOMENT: mapping.get_optim_state_fragment(SECOND_MOMENT),
+            }
+            yield Fragment(shard, address.start, address.start + address.numel, state)
+
+    def train_step(self, batches: list[Batch], learning_rate: float) -> tuple[Losses, float]:
+        """One optimizer step on this rank's micro-batches of a global batch: (losses, gradient norm before clipping).
+
+        Every rank of a model copy passes the same batches.
+        """
+        for group in self._engine.optimizer.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.bf16:
+            # DeepSpeed adds fp32 gradients in each parameter's hook; the schedule drives the raw module.
+            losses = self._run(batches, self.model, nullcontext())
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.allreduce_gradients()
+        else:
+            self.model.config.grad_scale_func = self._engine.scale
+            losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
+        self._engine.step()
+        return losses, float(self._engine.get_global_grad_norm())
+
+    def evaluate(self, batches: list[Batch]) -> Losses:
+        """The losses of a global batch, without gradients."""
+        with torch.no_grad():
+            return self._run(batches, self.model, nullcontext(), forward_only=True)
+
+    def _run(
+        self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool = False
+    ) -> Losses:
+        device = self.topology.device
+        rows, length = batches[0].input_ids.shape
+        with around, cpu.standing_in() if device.type == "cpu" else nullcontext():
+            reports = get_forward_backward_func()(
+                forward_step_func=lambda iterator, _: self._forward_step(next(iterator).to(device), module),
+                data_iterator=iter(batches),
+                model=self.model,
+                num_microbatches=len(batches),
+                seq_length=length,
+                micro_batch_size=rows,
+                forward_only=forward_only,
+            )
+        total = torch.zeros(1 + 2 * T_BUCKETS, dtype=torch.float64, device=device)
+        if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+            total += torch.stack([report["sums"] for report in reports]).sum(dim=0)
+        dist.all_reduce(total)
+        loss, sums, counts = total.cpu().split([1, T_BUCKETS, T_BUCKETS])
+        return Losses(float(loss), sums, counts)
+
+    def _forward_step(self, batch: Batch, module: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            log_normaliser, target_logit = output
+            weighted = batch.loss_weight * (log_normaliser - target_logit)
+            loss = weighted.sum()
+            scale = parallel_state.get_data_parallel_world_size()  # against DeepSpeed's mean
+            one = torch.ones((), dtype=torch.int, device=loss.device)
+            return loss * scale, one, {"sums": self._report(batch, weighted.detach().double())}
+
+        return module(batch), loss_func
+
+    def _report(self, batch: Batch, weighted: Tensor) -> Tensor:
+        """[1 + 2·T_BUCKETS] fp64: the loss, each bucket's part of it, each bucket's number of rows."""
+        bucket = (batch.t * T_BUCKETS).long().clamp_(0, T_BUCKETS - 1)
+        zeros = weighted.new_zeros(T_BUCKETS)
+        row = batch.masked_positions // batch.input_ids.shape[1]
+        losses = zeros.index_add(0, bucket[row], weighted)
+        rows = zeros.index_add(0, bucket, (batch.sample_index >= 0).double())
+        return torch.cat([weighted.sum().unsqueeze(0), losses, rows])

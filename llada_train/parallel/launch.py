@@ -1,0 +1,85 @@
+"""`--processes N`: start N local processes of a command and look after them. Imports no torch.
+
+torchrun does not pass a worker's own exit code on, and a run that was told to stop says so by its exit code; so the
+few lines that start local processes are ours.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE_SECONDS = 10.0
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def launch_local(processes: int, command: Sequence[str]) -> int:
+    """Run `command` N times with torchrun's environment variables; return the first non-zero exit code, or 0.
+
+    SIGTERM, SIGUSR1 and Ctrl-C go on to every process. When one fails the others get SIGTERM, and after a grace time
+    SIGKILL, so that none is left behind.
+    """
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    shared.setdefault("OMP_NUM_THREADS", str(threads))
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        for rank in range(processes):
+            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of its own: Ctrl-C reaches the workers once, through `forward`.
+            workers.append(subprocess.Popen(command, env=env, start_new_session=True))
+        return _wait(workers)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+    deadline = None
+    failed = 0
+    while True:
+        codes = [worker.poll() for worker in workers]
+        if None not in codes:
+            return failed or next((code for code in codes if code), 0)
+        bad = next((code for code in codes if code), 0)
+        if bad and deadline is None:
+            failed = bad if bad > 0 else 128 - bad
+            deadline = time.monotonic() + GRACE_SECONDS
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+        time.sleep(0.05)
+
+
+def own_command(arguments: Sequence[str]) -> list[str]:
+    """This program again, with other arguments, under the same interpreter."""
+    return [sys.executable, "-m", "llada_train.cli", *arguments]

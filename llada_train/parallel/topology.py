@@ -1,0 +1,96 @@
+"""Where this process stands: its rank, its device, its place in the grid of tensor, pipeline and data parallelism."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from llada_train.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Topology:
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun, SLURM's launcher or our own say; 1 when started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(parallel: ParallelConfig) -> Topology:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups inside it."""
+    _be_quiet()
+    import deepspeed
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        from llada_train.parallel import cpu
+
+        device = torch.device("cpu")
+        cpu.prepare()
+    # Defaults for a process that was started alone, without a launcher.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_ADDR" not in os.environ:
+        from llada_train.parallel.launch import free_port
+
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        create_gloo_process_groups=False,
+    )
+    # Nothing on the device draws random numbers, but megatron-core's sequence-parallel regions want their states.
+    model_parallel_cuda_manual_seed(0)
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def shutdown() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _be_quiet() -> None:
+    """Both engines report on every rank at import; a log on a cluster is one line per interval, from rank 0."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name in ("DeepSpeed", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)(\.|$)")
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
