@@ -66,7 +66,7 @@ class CorpusWriter:
     """Writes PREFIX.bin and PREFIX.idx in memory that does not grow with the corpus.
 
     A context manager. The files appear under their names when the block ends, the .idx last, and replace any that were
-    there; an exception leaves what was there before.
+    there; an exception leaves what was there before. Ending without a token is a UserError.
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
@@ -132,6 +132,8 @@ class CorpusWriter:
         return _with_suffix(self.prefix, f"{suffix}.partial")
 
     def _commit(self) -> None:
+        if not self.num_tokens:
+            raise UserError(f"{self.prefix}: no tokens to write")
         _sync(self._bin)
         with self._partial(".idx").open("wb") as index:
             self._write_index(index)
@@ -165,7 +167,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 class Corpus:
-    """A memory-mapped corpus: one stream of tokens, cut into documents. Opening it reads a few pages, whatever its size."""
+    """A memory-mapped corpus: one stream of tokens, cut into documents. Opening reads a few pages at any size."""
 
     def __init__(self, prefix: Path) -> None:
         """
