@@ -1,0 +1,188 @@
+"""LLaDA in plain PyTorch: a pre-norm transformer without causal mask, in the released model's tensor names.
+
+It needs torch and transformers alone, so an exported folder carries this file and loads with `trust_remote_code=True`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_llada import LLaDAConfig
+
+
+class RMSLayerNorm(nn.Module):
+    """x / √(mean(x²) + eps) in fp32, cast back, then times the weight. [..., d_model] → [..., d_model]."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return normalized.to(x.dtype) * self.weight
+
+
+def rotary_angles(config: LLaDAConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, fp32 [length, head_dim/2], of position · θ^(−2i/head_dim), positions 0..length−1 (RoFormer)."""
+    head_dim = config.d_model // config.n_heads
+    frequencies = config.rope_theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (x_i, x_{i + head_dim/2}) of [B, heads, T, head_dim] by their angles, in fp32."""
+    cos, sin = angles
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class ResidualLinear(nn.Linear):
+    """A projection back into the residual stream; the deeper its layer, the smaller it starts."""
+
+    def __init__(self, in_features: int, out_features: int, layer: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.init_std = 1 / math.sqrt(2 * in_features * (layer + 1))
+
+
+class LLaDALlamaBlock(nn.Module):
+    """h += attention(norm(h)); h += SwiGLU(norm(h))."""
+
+    def __init__(self, config: LLaDAConfig, layer: int) -> None:
+        super().__init__()
+        d, self.head_dim = config.d_model, config.d_model // config.n_heads
+        kv_size = config.n_kv_heads * self.head_dim
+        self.attn_norm = RMSLayerNorm(config)
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv_size, bias=False)
+        self.v_proj = nn.Linear(d, kv_size, bias=False)
+        self.attn_out = ResidualLinear(d, d, layer)
+        self.ff_norm = RMSLayerNorm(config)
+        self.ff_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
+        self.ff_out = ResidualLinear(config.mlp_hidden_size, d, layer)
+
+    def forward(self, h: Tensor, angles: tuple[Tensor, Tensor], visible: Tensor | None) -> Tensor:
+        x = self.attn_norm(h)
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, angles), rotate(k, angles)
+        attention = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=k.shape[1] != q.shape[1])
+        h = h + self.attn_out(attention.transpose(1, 2).flatten(-2))
+        x = self.ff_norm(h)
+        return h + self.ff_out(F.silu(self.ff_proj(x)) * self.up_proj(x))
+
+
+class LLaDATransformer(nn.Module):
+    """Embedding, blocks, final norm and untied head."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.embedding_size, config.d_model)
+        self.blocks = nn.ModuleList(LLaDALlamaBlock(config, layer) for layer in range(config.n_layers))
+        self.ln_f = RMSLayerNorm(config)
+        self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Embeddings [B, T, d_model], attention_mask [B, T] → logits [B, T, embedding_size]."""
+        h = inputs_embeds
+        angles = rotary_angles(self.config, h.shape[1], h.device)
+        # [B, 1, 1, T]: the same keys for every head and query.
+        visible = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        for block in self.blocks:
+            h = block(h, angles, visible)
+        return self.ff_out(self.ln_f(h))
+
+
+class LLaDAModel(nn.Module):
+    """The level `model.` in the released tensor names."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__()
+        self.transformer = LLaDATransformer(config)
+
+
+class LLaDAModelLM(PreTrainedModel):
+    """LLaDA's mask predictor p(x₀ | x_t): for every position a distribution over the vocabulary (paper §2.1)."""
+
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("LLaDALlamaBlock",)
+    _supports_sdpa = True
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        past_key_values: object | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Tensor]:
+        """Logits [B, T, embedding_size] for every position; nothing is shifted.
+
+        Args:
+            input_ids: [B, T] token ids, with the mask id where the token is unknown.
+            inputs_embeds: [B, T, d_model], in place of input_ids.
+            attention_mask: [B, T], 0 where a position is padding, which nothing attends to. Padding counts as a
+                position: the first column is position 0 whatever it holds.
+            past_key_values, use_cache: refused; every position sees every other one, so no key stays valid.
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: a cache was asked for; not exactly one of input_ids and inputs_embeds; T > max_sequence_length.
+        """
+        if use_cache or past_key_values is not None:
+            raise ValueError("LLaDA attends in both directions: keys and values cannot be cached; set use_cache=False")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if inputs_embeds.shape[1] > self.config.max_sequence_length:
+            raise ValueError(
+                f"{inputs_embeds.shape[1]} tokens are more than the model's max_sequence_length "
+                f"{self.config.max_sequence_length}"
+            )
+        logits = self.model.transformer(inputs_embeds, attention_mask)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return CausalLMOutputWithPast(logits=logits) if return_dict else (logits,)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.transformer.wte = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.model.transformer.ff_out
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.transformer.ff_out = new_embeddings
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The released config's init_fn "mitchell": normal, cut at 3σ, σ = 1/√d_in except in ResidualLinear."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = module.init_std if isinstance(module, ResidualLinear) else 1 / math.sqrt(module.weight.shape[1])
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        elif isinstance(module, RMSLayerNorm):
+            nn.init.ones_(module.weight)
+
+
+# So that `save_pretrained` writes this code beside the weights again.
+LLaDAConfig.register_for_auto_class()
+LLaDAModelLM.register_for_auto_class("AutoModelForCausalLM")
