@@ -1,0 +1,89 @@
+"""Numbers of the released modelling and sampling code, run once on a tiny model with weights given by a formula."""
+
+from collections.abc import Iterator
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llada_train.model.hf.configuration_llada import LLaDAConfig
+from llada_train.model.hf.modeling_llada import LLaDAModelLM
+
+MASK = 15
+IDS = torch.tensor([[3, 1, 15, 7, 0]])
+
+
+def tensor_names(layers: int) -> Iterator[str]:
+    yield "model.transformer.wte.weight"
+    for i in range(layers):
+        for name in (
+            "attn_norm",
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "attn_out",
+            "ff_norm",
+            "ff_proj",
+            "up_proj",
+            "ff_out",
+        ):
+            yield f"model.transformer.blocks.{i}.{name}.weight"
+    yield "model.transformer.ln_f.weight"
+    yield "model.transformer.ff_out.weight"
+
+
+def formula_model(kv_heads: int, a: float = 0.5, c: float = 0.0) -> LLaDAModelLM:
+    """Element j of tensor n is sin(1 + 0.37j + 1.7n + c·j²), scaled by a in matrices, 1 + 0.1· in norms."""
+    config = LLaDAConfig(
+        d_model=8, n_heads=2, n_kv_heads=kv_heads, n_layers=2, mlp_hidden_size=12, vocab_size=16, mask_token_id=MASK
+    )
+    model = LLaDAModelLM(config).eval()
+    parameters = dict(model.named_parameters())
+    names = list(tensor_names(layers=2))
+    assert set(names) == set(parameters)
+    for n, name in enumerate(names):
+        parameter = parameters[name]
+        j = torch.arange(parameter.numel(), dtype=torch.float64)
+        v = torch.sin(1 + 0.37 * j + 1.7 * n + c * j**2).float().view_as(parameter)
+        parameter.data = 1 + 0.1 * v if parameter.ndim == 1 else a * v
+    return model
+
+
+def logits(model: LLaDAModelLM, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "a", "c", "position", "expected"),
+    [
+        (2, 0.5, 0.0, 0, [0.761966, -0.696214, 0.607567, -0.498940]),
+        (2, 0.5, 0.0, 4, [-0.417215, 0.354727, -0.280573, 0.197193]),
+        (1, 0.5, 0.0, 0, [0.491527, -0.439404]),
+        (2, 0.8, 0.011, 0, [1.970465, -1.982294]),
+    ],
+)
+def test_logits(kv_heads: int, a: float, c: float, position: int, expected: list[float]) -> None:
+    got = logits(formula_model(kv_heads, a, c), IDS)[0, position, : len(expected)]
+    torch.testing.assert_close(got, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_cross_entropy_of_the_masked_position() -> None:
+    log_p = logits(formula_model(kv_heads=2), IDS)[0, 2].log_softmax(-1)
+    assert -log_p[5].item() == pytest.approx(3.155875, abs=1e-5)
+
+
+def test_exact_likelihood_bound() -> None:
+    """Paper Eq. 6 without sampling: every subset of the answer, L/l · Σ log p over its l masked tokens."""
+    model, ids, answer = formula_model(kv_heads=2), torch.tensor([3, 1, 5, 2, 8]), (2, 3, 4)
+    bound = 0.0
+    for masked in (1, 2, 3):
+        subsets = list(combinations(answer, masked))
+        for subset in subsets:
+            noised = ids.clone()
+            noised[list(subset)] = MASK
+            log_p = logits(model, noised[None])[0].log_softmax(-1)
+            log_likelihood = sum(log_p[i, ids[i]].item() for i in subset)
+            bound += log_likelihood * len(answer) / masked / len(subsets) / len(answer)
+    assert bound == pytest.approx(-8.518004, abs=1e-5)
