@@ -40,5 +40,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 		"Name another one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --use-pep517 --constraint constraints.txt --editable '.[dev]'
 	@touch $@
