@@ -1,5 +1,6 @@
 """What one forward pass needs: the boundary between the data plane and the compute plane."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -20,13 +21,19 @@ class Batch:
     masked_positions: Tensor  # [K] int64, indexes into the B·S flattened tokens
     targets: Tensor  # [K] int64
     loss_weight: Tensor  # [K] fp32, already normalised over the global batch
-    sample_index: Tensor  # [B] int64, the rows' places in the run's global order
+    sample_index: (
+        Tensor  # [B] int64, the rows' places in the run's global order; -1: a row that only fills the batch up
+    )
     t: Tensor  # [B] fp32, mask probability p of each row
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; from pinned memory the copy is asynchronous."""
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
-            for f in fields(self)
-        }
-        return Batch(**moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked host memory (needs CUDA)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})

@@ -1,0 +1,148 @@
+"""Rows and their noise → this rank's Batches, made ahead of the training thread. The only state is consumed_samples."""
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from llada_train.config.schema import Config
+from llada_train.data.batch import Batch
+from llada_train.data.rows import PretrainingData
+from llada_train.objective.forward_process import Noise, training_noise, validation_noise
+
+MASKED_MULTIPLE = 256  # few different K keep kernels and allocator blocks few
+FILLER = -1  # sample_index of a row that only fills a batch up
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence and its noise."""
+
+    sample_index: int
+    tokens: np.ndarray  # [L] int64, clean; L ≤ S
+    mask: np.ndarray  # [L] bool
+    mask_probability: float
+    loss_weight: float  # of each masked token
+
+
+def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int) -> Batch:
+    """B rows → a Batch of S = `sequence_length` columns, shorter rows padded at the end.
+
+    A row's padding is a segment of its own: no token attends to it and no loss reads it.
+    """
+    B, S = len(rows), sequence_length
+    clean = np.full((B, S), padding_id, np.int64)
+    mask = np.zeros((B, S), bool)
+    for b, row in enumerate(rows):
+        clean[b, : len(row.tokens)] = row.tokens
+        mask[b, : len(row.tokens)] = row.mask
+
+    positions = np.flatnonzero(mask)
+    weight = np.array([row.loss_weight for row in rows])[positions // S]
+    fill = max(1, -(-len(positions) // MASKED_MULTIPLE)) * MASKED_MULTIPLE - len(positions)
+    return Batch(
+        input_ids=torch.from_numpy(np.where(mask, mask_id, clean)),
+        position_ids=torch.arange(S).repeat(B, 1),
+        cu_seqlens=_segments(np.array([len(row.tokens) for row in rows]), S),
+        masked_positions=torch.from_numpy(np.pad(positions, (0, fill))),
+        targets=torch.from_numpy(np.pad(clean.ravel()[positions], (0, fill))),
+        loss_weight=torch.from_numpy(np.pad(weight, (0, fill)).astype(np.float32)),
+        sample_index=torch.tensor([row.sample_index for row in rows]),
+        t=torch.tensor([row.mask_probability for row in rows], dtype=torch.float32),
+    )
+
+
+def _segments(lengths: np.ndarray, sequence_length: int) -> torch.Tensor | None:
+    """Borders of the segments in the flattened rows: each row's end, and its length where it is cut: int32."""
+    if np.all(lengths == sequence_length):
+        return None
+    starts = np.arange(len(lengths)) * sequence_length
+    borders = np.unique(np.concatenate([starts, starts + lengths, [len(lengths) * sequence_length]]))
+    return torch.from_numpy(borders.astype(np.int32))
+
+
+class TrainingLoader:
+    """This data-parallel rank's part of each global batch: a contiguous block of its rows, in micro-batches."""
+
+    def __init__(self, data: PretrainingData, config: Config, data_parallel_rank: int, data_parallel_size: int) -> None:
+        self._data = data
+        self._config = config
+        self._rank = data_parallel_rank
+        self._rows_per_rank = config.training.global_batch_size // data_parallel_size
+
+    def global_batch(self, first_sample: int) -> list[Batch]:
+        """This rank's micro-batches of the global batch that starts at `first_sample`.
+
+        The lengths and weights of all N rows are drawn, since the weights are normalised over the global batch; the
+        tokens and masks only of this rank's rows.
+        """
+        config, data = self._config, self._data
+        size, block = config.training.global_batch_size, self._rows_per_rank
+        noise = training_noise(config.seed, first_sample, size, data.sequence_length, config.objective)
+        indices = range(self._rank * block, (self._rank + 1) * block)
+        tokens = data.training_rows(first_sample + np.array(indices))
+        return _micro_batches([_row(t, noise, i) for t, i in zip(tokens, indices, strict=True)], data, config)
+
+    def iterate(self, consumed_samples: int, until_samples: int) -> Generator[list[Batch], None, None]:
+        """The global batches that start at consumed_samples, consumed_samples + N, … before until_samples.
+
+        A background thread keeps data.prefetch of them ready. What it raises is raised here, at the batch concerned.
+        Closing the iterator stops the thread.
+        """
+        starts = iter(range(consumed_samples, until_samples, self._config.training.global_batch_size))
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        try:
+            ready = deque(executor.submit(self.global_batch, s) for s in islice(starts, self._config.data.prefetch))
+            while ready:
+                batches = ready.popleft().result()
+                ready.extend(executor.submit(self.global_batch, s) for s in islice(starts, 1))
+                yield batches
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def validation_batches(
+    data: PretrainingData, config: Config, data_parallel_rank: int, data_parallel_size: int
+) -> list[Batch]:
+    """This rank's micro-batches of the validation rows, the same noise every time; empty where nothing is held out.
+
+    Rows without masks (sample_index -1) fill up, so that every rank has the same number of batches of the same shape.
+    Over all ranks, Σ weight · NLL estimates the bound in nats per token.
+    """
+    tokens = data.validation_rows
+    rows_per_rank = -(-len(tokens) // (data_parallel_size * config.training.micro_batch_size))
+    rows_per_rank *= config.training.micro_batch_size
+    noise = validation_noise(config.seed, len(tokens), data.sequence_length, config.objective.epsilon)
+    filler = np.full(data.sequence_length, data.tokenizer.eos_id)
+    no_mask = np.zeros(data.sequence_length, bool)
+    indices = range(data_parallel_rank * rows_per_rank, (data_parallel_rank + 1) * rows_per_rank)
+    rows = [
+        _row(tokens[i], noise, i)
+        if i < len(tokens)
+        else Row(FILLER, filler, no_mask, mask_probability=1, loss_weight=0)
+        for i in indices
+    ]
+    return _micro_batches(rows, data, config)
+
+
+def _row(tokens: np.ndarray, noise: Noise, i: int) -> Row:
+    return Row(
+        sample_index=noise.first_sample + i,
+        tokens=tokens[: noise.lengths[i]],
+        mask=noise.mask(i),
+        mask_probability=float(noise.mask_probability[i]),
+        loss_weight=float(noise.loss_weight[i]),
+    )
+
+
+def _micro_batches(rows: list[Row], data: PretrainingData, config: Config) -> list[Batch]:
+    size, tokenizer = config.training.micro_batch_size, data.tokenizer
+    batches = [
+        collate(rows[i : i + size], data.sequence_length, tokenizer.mask_id, tokenizer.eos_id)
+        for i in range(0, len(rows), size)
+    ]
+    return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches

@@ -1,0 +1,86 @@
+"""The forward process of LLaDA's pre-training (paper Alg. 1; GUIDELINES.md of ML-GSAI/LLaDA), keyed by sample index.
+
+For a sequence of length L, u ~ U[0,1) gives the mask probability p = (1 − ε)·u + ε; each token is masked independently
+with probability p; the loss is Σ_masked CE / (p·L), averaged over the sequences. Here all of it is a pure function of
+(seed, place of the sample in the run's global order): each rank computes the lengths, probabilities and weights of the
+whole global batch and the masks of its own rows, and every layout sees the same noise. A row without any mask is legal:
+its loss is 0.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llada_train.config.schema import ObjectiveConfig
+from llada_train.objective.keyed import Purpose, position_words, sample_words, uniform
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The draw of N consecutive samples."""
+
+    seed: int
+    purpose: Purpose  # of the masks
+    first_sample: int
+    lengths: np.ndarray  # [N] int64, tokens of each row; the rest of it is cut off
+    mask_probability: np.ndarray  # [N] float64, p
+    loss_weight: np.ndarray  # [N] float64, of the NLL of each masked token; normalised over the N samples
+
+    def mask(self, row: int) -> np.ndarray:
+        """Which tokens of row 0 … N−1 are masked: bool [lengths[row]]."""
+        sample, length = self.first_sample + row, int(self.lengths[row])
+        return uniform(position_words(self.seed, self.purpose, sample, length)) < self.mask_probability[row]
+
+
+def training_noise(
+    seed: int, first_sample: int, global_batch_size: int, sequence_length: int, objective: ObjectiveConfig
+) -> Noise:
+    """The draw of the global batch that starts at `first_sample`."""
+    lengths = _lengths(seed, first_sample, global_batch_size, sequence_length, objective.random_length_probability)
+    if objective.t_sampling == "stratified":
+        u = _stratified(seed, first_sample, global_batch_size)
+    else:
+        u = uniform(sample_words(seed, Purpose.MASK_PROBABILITY, first_sample, global_batch_size)[:, 0])
+    p = mask_probability(u, objective.epsilon)
+    if objective.loss_normalization == "token":
+        weight = 1 / (p * lengths.sum())
+    else:
+        weight = 1 / (p * lengths * global_batch_size)
+    return Noise(seed, Purpose.MASK, first_sample, lengths, p, weight)
+
+
+def validation_noise(seed: int, sequences: int, sequence_length: int, epsilon: float) -> Noise:
+    """The draw of all M = `sequences` validation rows, the same every time: whole rows, u on the grid (i + ½)/M.
+
+    The grid is permuted by key, so that no corpus is bound to one range of t.
+    """
+    strata = np.argsort(sample_words(seed, Purpose.VALIDATION_STRATUM, 0, sequences)[:, 0], kind="stable")
+    p = mask_probability((strata + 0.5) / sequences, epsilon)
+    lengths = np.full(sequences, sequence_length)
+    return Noise(seed, Purpose.VALIDATION_MASK, 0, lengths, p, 1 / (p * lengths * sequences))
+
+
+def mask_probability(u: np.ndarray, epsilon: float) -> np.ndarray:
+    """p = (1 − ε)·u + ε, in [ε, 1] for u in [0, 1] (GUIDELINES.md, `forward_process`)."""
+    return (1 - epsilon) * u + epsilon
+
+
+def _stratified(seed: int, first_sample: int, count: int) -> np.ndarray:
+    """u_i = (π(i) + o) / count: one sample in each of `count` equal strata, each marginal U[0,1): float64 [count].
+
+    The permutation π and the offset o are the global batch's own. (Low-variance sampling of t: Kingma et al.,
+    "Variational diffusion models", 2021, App. I.1, there without a permutation.)
+    """
+    words = sample_words(seed, Purpose.STRATUM, first_sample, count)
+    return (np.argsort(words[:, 0], kind="stable") + uniform(words[0, 1])) / count
+
+
+def _lengths(seed: int, first_sample: int, count: int, sequence_length: int, cut_probability: float) -> np.ndarray:
+    """Tokens of each sample, int64 [count]: with `cut_probability` U{1..sequence_length}, else all (paper App. B.1).
+
+    The authors' code cuts the whole batch of a device; here each sequence is cut by itself, so that shapes never change
+    and the noise does not depend on the layout.
+    """
+    words = sample_words(seed, Purpose.LENGTH, first_sample, count)
+    cut = 1 + (uniform(words[:, 1]) * sequence_length).astype(np.int64)
+    return np.where(uniform(words[:, 0]) < cut_probability, cut, sequence_length)
