@@ -8,6 +8,7 @@ its loss is 0.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -42,11 +43,7 @@ def training_noise(
     else:
         u = uniform(sample_words(seed, Purpose.MASK_PROBABILITY, first_sample, global_batch_size)[:, 0])
     p = mask_probability(u, objective.epsilon)
-    if objective.loss_normalization == "token":
-        weight = 1 / (p * lengths.sum())
-    else:
-        weight = 1 / (p * lengths * global_batch_size)
-    return Noise(seed, Purpose.MASK, first_sample, lengths, p, weight)
+    return Noise(seed, Purpose.MASK, first_sample, lengths, p, loss_weight(p, lengths, objective.loss_normalization))
 
 
 def validation_noise(seed: int, sequences: int, sequence_length: int, epsilon: float) -> Noise:
@@ -57,12 +54,21 @@ def validation_noise(seed: int, sequences: int, sequence_length: int, epsilon: f
     strata = np.argsort(sample_words(seed, Purpose.VALIDATION_STRATUM, 0, sequences)[:, 0], kind="stable")
     p = mask_probability((strata + 0.5) / sequences, epsilon)
     lengths = np.full(sequences, sequence_length)
-    return Noise(seed, Purpose.VALIDATION_MASK, 0, lengths, p, 1 / (p * lengths * sequences))
+    return Noise(seed, Purpose.VALIDATION_MASK, 0, lengths, p, loss_weight(p, lengths, "sequence"))
 
 
 def mask_probability(u: np.ndarray, epsilon: float) -> np.ndarray:
     """p = (1 − ε)·u + ε, in [ε, 1] for u in [0, 1] (GUIDELINES.md, `forward_process`)."""
     return (1 - epsilon) * u + epsilon
+
+
+def loss_weight(p: np.ndarray, lengths: np.ndarray, normalization: Literal["sequence", "token"]) -> np.ndarray:
+    """Weight of each masked token's NLL, by row, over the N rows of a global batch: float64 [N].
+
+    sequence: 1/(p_b·L_b·N), so that every sequence counts alike (paper Alg. 1, Eq. 3); token: 1/(p_b·Σ_b L_b).
+    """
+    tokens = lengths.sum() if normalization == "token" else lengths * len(lengths)
+    return 1 / (p * tokens)
 
 
 def _stratified(seed: int, first_sample: int, count: int) -> np.ndarray:
