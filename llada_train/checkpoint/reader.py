@@ -27,11 +27,11 @@ class Checkpoint:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.config = Config.model_validate(self.manifest.config)
-        self._specs = tensor_specs(self.config.model)
+        self.specs = tensor_specs(self.config.model)
         self._files: dict[str, Any] = {}
         self._places: dict[str, _Places] = {}
         self._stack = ExitStack()
-        if set(self.manifest.tensors) != set(self._specs):
+        if set(self.manifest.tensors) != set(self.specs):
             raise UserError(f"{folder}: damaged: the manifest's tensors are not those of its own config's model")
         for name, entry in self.manifest.files.items():
             file = folder / name
@@ -53,17 +53,17 @@ class Checkpoint:
                 raise UserError(f"{self.folder / name}: damaged: its checksum differs; use an older checkpoint")
 
     def names(self) -> list[str]:
-        return list(self._specs)
+        return list(self.specs)
 
     def read(self, name: str) -> Tensor:
         """A whole global tensor of the fp32 master weights."""
-        spec = self._specs[name]
+        spec = self.specs[name]
         return self.read_runs(name, MASTER, [(0, spec.numel)]).view(spec.shape)
 
     def read_runs(self, name: str, kind: str, runs: Iterable[tuple[int, int]]) -> Tensor:
         """Ranges (start, length) of the flattened global tensor, one after the other. [Σ length] fp32."""
         if name not in self._places:
-            self._places[name] = _Places(self._specs[name], self.manifest.tensors[name])
+            self._places[name] = _Places(self.specs[name], self.manifest.tensors[name])
         wanted = list(runs)
         out = torch.empty(sum(length for _, length in wanted))
         filled = 0
@@ -90,12 +90,10 @@ class _Places:
         self.entries = entries
         rows: list[tuple[int, int, int, int]] = []  # global start, length, entry, offset within the fragment
         for number, entry in enumerate(entries):
-            position = 0  # within the slice
-            for start, length in slice_runs(spec, entry.index, entry.count):
-                first, last = max(position, entry.start), min(position + length, entry.stop)
-                if first < last:
-                    rows.append((start + first - position, last - first, number, first - entry.start))
-                position += length
+            offset = 0
+            for start, length in slice_runs(spec, entry.index, entry.count, entry.start, entry.stop):
+                rows.append((start, length, number, offset))
+                offset += length
         rows.sort()
         self.table = np.array(rows, dtype=np.int64).reshape(-1, 4)
 

@@ -23,12 +23,22 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
-def slice_runs(spec: TensorSpec, index: int, count: int) -> list[tuple[int, int]]:
-    """Slice `index` of `count` along the partition axis, as (start, length) ranges of the flattened global tensor."""
+def slice_runs(
+    spec: TensorSpec, index: int, count: int, start: int = 0, stop: int | None = None
+) -> list[tuple[int, int]]:
+    """Slice `index` of `count` along the partition axis as (start, length) ranges of the flattened global tensor.
+
+    `start` and `stop` keep only that flat range of the slice.
+    """
     dim = spec.partition_dim or 0
     outer, row = math.prod(spec.shape[:dim]), math.prod(spec.shape[dim:])
     length = row // count
-    return [(o * row + index * length, length) for o in range(outer)]
+    stop = outer * length if stop is None else stop
+    runs = []
+    for o in range(start // length, -(-stop // length)):
+        first, last = max(start - o * length, 0), min(stop - o * length, length)
+        runs.append((o * row + index * length + first, last - first))
+    return runs
 
 
 def tensor_specs(model: ModelConfig) -> dict[str, TensorSpec]:

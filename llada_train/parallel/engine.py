@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
+from llada_train.model.sizes import slice_runs
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import Shard, shards
 from llada_train.parallel import cpu
@@ -37,10 +38,19 @@ class Losses:
     bucket_losses: Tensor  # [T_BUCKETS] the part of `loss` from rows in each tenth of the mask probability
     bucket_rows: Tensor  # [T_BUCKETS] rows in it
 
-    @property
-    def bound_by_t(self) -> list[float | None]:
-        """Mean bound (nats per token) of the rows in each tenth; None where there was no row."""
-        rows = self.bucket_rows.sum()  # a row's bound is its part of the loss × the rows of the global batch
+    @classmethod
+    def none(cls) -> "Losses":
+        empty = torch.zeros(T_BUCKETS, dtype=torch.float64)
+        return cls(0.0, empty, empty)
+
+    def __add__(self, other: "Losses") -> "Losses":
+        return Losses(
+            self.loss + other.loss, self.bucket_losses + other.bucket_losses, self.bucket_rows + other.bucket_rows
+        )
+
+    def bound_by_t(self, batches: int = 1) -> list[float | None]:
+        """Mean bound (nats per token) of the rows in each tenth, over so many added batches; None: there was no row."""
+        rows = self.bucket_rows.sum() / batches  # a row's bound is its part of the loss × the rows of its global batch
         return [
             float(loss * rows / count) if count else None
             for loss, count in zip(self.bucket_losses, self.bucket_rows, strict=True)
@@ -58,13 +68,7 @@ class Fragment:
 
     def runs(self) -> list[tuple[int, int]]:
         """The fragment as (start, length) ranges of the flattened global tensor."""
-        found, position = [], 0
-        for start, length in self.shard.runs():
-            first, last = max(position, self.start), min(position + length, self.stop)
-            if first < last:
-                found.append((start + first - position, last - first))
-            position += length
-        return found
+        return slice_runs(self.shard.spec, self.shard.index, self.shard.count, self.start, self.stop)
 
 
 class _ModelParallelUnit:

@@ -36,7 +36,6 @@ def rank() -> int:
 
 def initialize(parallel: ParallelConfig) -> Topology:
     """Start the process group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups inside it."""
-    _be_quiet()
     import deepspeed
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -84,13 +83,10 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _be_quiet() -> None:
-    """Both engines report on every rank at import; a log on a cluster is one line per interval, from rank 0."""
+def quiet_engines() -> None:
+    """Before either engine is imported: both report on every rank, and a log is one line per interval, from rank 0."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in ("DeepSpeed", "megatron"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)(\.|$)")
-    import deepspeed.utils
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)

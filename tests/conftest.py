@@ -1,0 +1,95 @@
+"""Small real inputs that many tests share: a tokenizer, a corpus, and a config over them."""
+
+import functools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they"]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenizer/` and `corpus.{bin,idx,json}`: 300 documents of random words."""
+    from data_tools.sources import Sources
+    from data_tools.tokenize import tokenize
+    from llada_train.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("data")
+    pick = random.Random(0)
+    texts = [" ".join(pick.choices(WORDS, k=pick.randrange(10, 90))) for _ in range(300)]
+    (folder / "text").mkdir()
+    for i, text in enumerate(texts):
+        (folder / "text" / f"{i:04d}.txt").write_text(text)
+    train_tokenizer(iter(texts), 300, folder / "tokenizer")
+    tokenize(Sources([folder / "text"]), folder / "tokenizer", folder / "corpus")
+    return folder
+
+
+def write_config(data: Path, folder: Path, **overrides: Any) -> Path:
+    """Write a small pre-training config over `data` into `folder`; `a__b=value` sets a.b."""
+    tree: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 96,
+            "vocab_size": 300,
+            "max_sequence_length": 64,
+        },
+        "data": {
+            "tokenizer": str(data / "tokenizer"),
+            "sequence_length": 32,
+            "corpora": [{"path": str(data / "corpus"), "validation_documents": 20}],
+        },
+        # Many cut rows, so that every test of the whole path meets padding and segments.
+        "objective": {"random_length_probability": 0.25},
+        "optimizer": {"learning_rate": [{"until_tokens": 1024, "end": 1e-2}, {"until_tokens": 5120, "end": 1e-2}]},
+        "training": {"global_batch_size": 16, "micro_batch_size": 2, "precision": "fp32"},
+        "checkpoint": {"interval_steps": 5},
+        "validation": {"interval_steps": 5, "sequences": 8},
+        "logging": {"interval_steps": 1},
+    }
+    for key, value in overrides.items():
+        *sections, last = key.split("__")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    path = folder / "config.yaml"
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(tree, file)
+    return path
+
+
+@pytest.fixture
+def make_config(tiny_data: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`write_config` over `tiny_data` into this test's folder."""
+    return functools.partial(write_config, tiny_data, tmp_path)
+
+
+@pytest.fixture
+def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_command("llada_train.cli", "pretrain", …)`: the command in a fresh process, output captured."""
+
+    def run(module: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, **environment},
+        )
+
+    return run
