@@ -22,11 +22,8 @@ class GlobalWeights(Protocol):
         ...
 
 
-def llada_config(model: ModelConfig, **special_ids: int) -> LLaDAConfig:
-    """The Hugging Face config of our model; `special_ids` are mask_token_id, eos_token_id, pad_token_id.
-
-    Its vocabulary counts the padding rows, as the released config's does.
-    """
+def llada_config(model: ModelConfig, mask_id: int | None = None, eos_id: int | None = None) -> LLaDAConfig:
+    """The Hugging Face config of our model; as in the released one, the vocabulary counts the padding rows."""
     return LLaDAConfig(
         d_model=model.hidden_size,
         n_layers=model.num_layers,
@@ -37,7 +34,9 @@ def llada_config(model: ModelConfig, **special_ids: int) -> LLaDAConfig:
         max_sequence_length=model.max_sequence_length,
         rope_theta=model.rope_theta,
         rms_norm_eps=model.norm_eps,
-        **special_ids,
+        mask_token_id=mask_id,
+        eos_token_id=eos_id,
+        pad_token_id=eos_id,
     )
 
 

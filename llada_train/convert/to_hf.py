@@ -80,12 +80,7 @@ def _write_weights(
 
 
 def _write_description(config: Config, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    hf_config = llada_config(
-        config.model,
-        mask_token_id=tokenizer.mask_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.eos_id,
-    )
+    hf_config = llada_config(config.model, mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id)
     hf_config.dtype = dtype
     hf_config.save_pretrained(folder)
     GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id).save_pretrained(folder)

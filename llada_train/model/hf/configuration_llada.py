@@ -68,9 +68,9 @@ class LLaDAConfig(PretrainedConfig):
         max_sequence_length: int = 4096,
         rope_theta: float = 500_000.0,
         rms_norm_eps: float = 1e-5,
-        mask_token_id: int = 126336,
-        eos_token_id: int = 126081,
-        pad_token_id: int = 126081,
+        mask_token_id: int | None = 126336,
+        eos_token_id: int | None = 126081,
+        pad_token_id: int | None = 126081,
         **kwargs: Any,
     ) -> None:
         self.d_model = d_model

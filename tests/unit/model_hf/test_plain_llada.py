@@ -67,7 +67,8 @@ RELEASED = {  # GSAI-ML/LLaDA-8B-Instruct, config.json
 
 def small(**changes: object) -> LLaDAConfig:
     sizes = {"d_model": 16, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 24, "vocab_size": 32}
-    return LLaDAConfig(**sizes | {"mask_token_id": 31} | changes)
+    ids = {"mask_token_id": 31, "eos_token_id": 0, "pad_token_id": 0}
+    return LLaDAConfig(**sizes | ids | changes)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
+from llada_train.sampling.sampler import SamplingOptions, generate
 
 MASK = 15
 IDS = torch.tensor([[3, 1, 15, 7, 0]])
@@ -35,9 +36,8 @@ def tensor_names(layers: int) -> Iterator[str]:
 
 def formula_model(kv_heads: int, a: float = 0.5, c: float = 0.0) -> LLaDAModelLM:
     """Element j of tensor n is sin(1 + 0.37j + 1.7n + c·j²), scaled by a in matrices, 1 + 0.1· in norms."""
-    config = LLaDAConfig(
-        d_model=8, n_heads=2, n_kv_heads=kv_heads, n_layers=2, mlp_hidden_size=12, vocab_size=16, mask_token_id=MASK
-    )
+    sizes = {"d_model": 8, "n_heads": 2, "n_kv_heads": kv_heads, "n_layers": 2, "mlp_hidden_size": 12, "vocab_size": 16}
+    config = LLaDAConfig(**sizes, mask_token_id=MASK, eos_token_id=0, pad_token_id=0)
     model = LLaDAModelLM(config).eval()
     parameters = dict(model.named_parameters())
     names = list(tensor_names(layers=2))
@@ -87,3 +87,14 @@ def test_exact_likelihood_bound() -> None:
             log_likelihood = sum(log_p[i, ids[i]].item() for i in subset)
             bound += log_likelihood * len(answer) / masked / len(subsets) / len(answer)
     assert bound == pytest.approx(-8.518004, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "block_length", "expected"),
+    [(4, 8, [0, 13, 13, 5, 15, 0, 0, 13]), (8, 4, [5, 5, 2, 5, 2, 2, 2, 2])],
+)
+def test_generate(steps: int, block_length: int, expected: list[int]) -> None:
+    """The first one predicts, and so keeps, the mask id 15."""
+    model, options = formula_model(2, 0.8, 0.011), SamplingOptions(steps, block_length, allow_mask_id=True)
+    out = generate(lambda ids: model(ids).logits, torch.tensor([[3, 1]]), 8, options, MASK)
+    assert out.tolist() == [[3, 1, *expected]]
