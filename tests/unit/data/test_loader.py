@@ -1,0 +1,243 @@
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import fields
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llada_train.config.load import load_config
+from llada_train.config.schema import Config
+from llada_train.data.batch import Batch
+from llada_train.data.loader import Row, TrainingLoader, collate, validation_batches
+from llada_train.data.rows import PretrainingData
+
+N, S, MASK_ID, PADDING_ID = 16, 32, 98, 99
+LAYOUTS = [(dp, micro) for dp in (1, 2, 4) for micro in (1, 2, 4)]
+
+
+def row(length: int, masked: list[int], **values: Any) -> Row:
+    """Tokens 10, 11, …, masked at the given positions."""
+    mask = np.isin(np.arange(length), masked)
+    return Row(
+        **{"sample_index": 0, "mask_probability": 0.5, "loss_weight": 1.0, **values},
+        tokens=np.arange(10, 10 + length),
+        mask=mask,
+    )
+
+
+def contents(batches: list[Batch]) -> Counter[tuple[Any, ...]]:
+    """Every row that is not filling: (sample, p, inputs, ((position, target, weight), …)), to the bit."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    for batch in batches:
+        rows, columns = batch.masked_positions // S, batch.masked_positions % S
+        for b in range(len(batch.sample_index)):
+            here = (rows == b) & (batch.loss_weight > 0)
+            masked = zip(*(x[here].tolist() for x in (columns, batch.targets, batch.loss_weight)), strict=True)
+            if batch.sample_index[b] >= 0:
+                sample, p = int(batch.sample_index[b]), float(batch.t[b])
+                found[sample, p, tuple(batch.input_ids[b].tolist()), tuple(masked)] += 1
+    return found
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch)]
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.fixture
+def config_of(make_config: Callable[..., Path]) -> Callable[..., Config]:
+    return lambda **overrides: load_config(make_config(**overrides))
+
+
+@pytest.fixture
+def loader(config_of: Callable[..., Config]) -> TrainingLoader:
+    config = config_of(data__prefetch=2)
+    return TrainingLoader(PretrainingData(config), config, 0, 1)
+
+
+def test_collate_by_hand() -> None:
+    rows = [
+        row(4, [0, 2], sample_index=7, mask_probability=0.25, loss_weight=0.125),
+        row(2, [1], sample_index=8, mask_probability=0.75, loss_weight=0.5),
+    ]
+    batch = collate(rows, 4, MASK_ID, PADDING_ID)
+    assert batch.input_ids.tolist() == [[98, 11, 98, 13], [10, 98, 99, 99]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert batch.cu_seqlens is not None
+    assert batch.cu_seqlens.tolist() == [0, 4, 6, 8]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.masked_positions.tolist() == [0, 2, 5] + [0] * 253
+    assert batch.targets.tolist() == [10, 12, 11] + [0] * 253
+    assert batch.loss_weight.tolist() == [0.125, 0.125, 0.5] + [0] * 253
+    assert batch.loss_weight.dtype == batch.t.dtype == torch.float32
+    assert batch.sample_index.tolist() == [7, 8]
+    assert batch.t.tolist() == [0.25, 0.75]
+
+
+def test_full_rows_need_no_segments() -> None:
+    assert collate([row(4, [0]), row(4, [])], 4, MASK_ID, PADDING_ID).cu_seqlens is None
+
+
+@pytest.mark.parametrize(("masked", "padded"), [(0, 256), (1, 256), (256, 256), (257, 512)])
+def test_masked_positions_are_padded_to_a_multiple_of_256(masked: int, padded: int) -> None:
+    batch = collate([row(300, list(range(masked)))], 300, MASK_ID, PADDING_ID)
+    assert batch.masked_positions.shape == batch.targets.shape == batch.loss_weight.shape == (padded,)
+    assert int((batch.loss_weight > 0).sum()) == masked
+
+
+@pytest.mark.parametrize(("normalization", "t_sampling"), [("sequence", "uniform"), ("token", "stratified")])
+def test_every_layout_sees_the_same_global_batch(
+    config_of: Callable[..., Config], normalization: str, t_sampling: str
+) -> None:
+    seen = []
+    for dp, micro in LAYOUTS:
+        config = config_of(
+            objective={"loss_normalization": normalization, "t_sampling": t_sampling, "random_length_probability": 0.5},
+            training__micro_batch_size=micro,
+        )
+        data = PretrainingData(config)
+        ranks = [TrainingLoader(data, config, rank, dp).global_batch(3 * N) for rank in range(dp)]
+        assert [len(batches) for batches in ranks] == [N // dp // micro] * dp
+        assert {batch.input_ids.shape for batches in ranks for batch in batches} == {(micro, S)}
+        seen.append(contents(list(chain(*ranks))))
+    assert sorted(sample for sample, *_ in seen[0]) == list(range(3 * N, 4 * N))
+    assert all(other == seen[0] for other in seen)
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_weights_are_normalised_over_the_global_batch(config_of: Callable[..., Config], normalization: str) -> None:
+    """Rank 1 of 2, from the batches alone: 1/(p·L_b·N), or 1/(p·ΣL) with the sum over both ranks."""
+    config = config_of(objective={"loss_normalization": normalization, "random_length_probability": 0.5})
+    data = PretrainingData(config)
+    ranks = [TrainingLoader(data, config, rank, 2).global_batch(0) for rank in range(2)]
+
+    def length(batch: Batch, b: int) -> int:
+        """Where the row's first segment ends."""
+        return S if batch.cu_seqlens is None else int(batch.cu_seqlens[batch.cu_seqlens > b * S].min()) - b * S
+
+    total = sum(length(batch, b) for batch in chain(*ranks) for b in range(2))
+    assert total < N * S
+    for batch in ranks[1]:
+        for position, weight in zip(batch.masked_positions.tolist(), batch.loss_weight.tolist(), strict=True):
+            b = position // S
+            tokens = total if normalization == "token" else N * length(batch, b)
+            assert weight == 0 or weight == pytest.approx(1 / (float(batch.t[b]) * tokens))
+
+
+def test_inputs_are_the_clean_rows_but_for_the_masks(config_of: Callable[..., Config]) -> None:
+    config = config_of(objective={"random_length_probability": 0})
+    data = PretrainingData(config)
+    for batch in TrainingLoader(data, config, 0, 1).global_batch(N):
+        clean = torch.from_numpy(data.training_rows(batch.sample_index.numpy()))
+        masked = batch.input_ids == data.tokenizer.mask_id
+        real = batch.masked_positions[batch.loss_weight > 0]
+        assert torch.equal(masked.flatten().nonzero().squeeze(1), real)
+        restored = batch.input_ids.flatten().scatter(0, real, batch.targets[batch.loss_weight > 0]).view(-1, S)
+        assert torch.equal(restored, clean)
+
+
+def test_a_row_gets_other_noise_in_the_next_epoch(config_of: Callable[..., Config]) -> None:
+    config = config_of(objective={"random_length_probability": 0})
+    data = PretrainingData(config)
+    loader = TrainingLoader(data, config, 0, 1)
+    epoch = data.rows_per_corpus[0]
+    noised: dict[bytes, list[tuple[float, bytes]]] = {}
+    for first in range(0, 2 * epoch, N):
+        for batch in loader.global_batch(first):
+            for sample, t, ids in zip(batch.sample_index, batch.t, batch.input_ids, strict=True):
+                clean = data.training_rows(sample.numpy()[None]).tobytes()
+                noised.setdefault(clean, []).append((float(t), ids.numpy().tobytes()))
+    twice = [draws for draws in noised.values() if len(draws) == 2]
+    assert len(twice) >= epoch - N
+    assert all(a[0] != b[0] for a, b in twice)
+
+
+def test_resuming_goes_on_as_if_nothing_had_happened(loader: TrainingLoader) -> None:
+    whole = list(loader.iterate(0, 6 * N))
+    resumed = list(loader.iterate(2 * N, 6 * N))
+    assert (len(whole), len(resumed)) == (6, 4)
+    for a, b in zip(whole[2:], resumed, strict=True):
+        assert all(equal(x, y) for x, y in zip(a, b, strict=True))
+    assert whole[3][0].sample_index.tolist() == [3 * N, 3 * N + 1]
+    assert list(loader.iterate(6 * N, 6 * N)) == []
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_batches_are_made_ahead_off_the_training_thread(
+    loader: TrainingLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    ahead = threading.Event()
+
+    def global_batch(first: int) -> list[Batch]:
+        assert threading.current_thread() is not threading.main_thread()
+        made.append(first)
+        if first == 2 * N:
+            ahead.set()
+        return []
+
+    monkeypatch.setattr(loader, "global_batch", global_batch)
+    with closing(loader.iterate(0, 100 * N)) as batches:
+        next(batches)
+        assert ahead.wait(10)  # two batches beyond the one in hand, without being asked
+        assert loader_threads()
+    assert made == [0, N, 2 * N]
+    assert not loader_threads()
+
+
+def test_errors_of_the_thread_surface_at_their_batch(loader: TrainingLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def global_batch(first: int) -> list[Batch]:
+        if first == 2 * N:
+            raise OSError("disk is gone")
+        return []
+
+    monkeypatch.setattr(loader, "global_batch", global_batch)
+    batches = loader.iterate(0, 100 * N)
+    assert len(list(islice(batches, 2))) == 2
+    with pytest.raises(OSError, match="disk is gone"):
+        next(batches)
+    assert not loader_threads()
+
+
+def test_validation_is_the_same_in_every_layout_and_every_time(config_of: Callable[..., Config]) -> None:
+    seen = []
+    for dp, micro in [*LAYOUTS, (1, 1)]:
+        config = config_of(validation__sequences=7, training__micro_batch_size=micro)
+        data = PretrainingData(config)
+        ranks = [validation_batches(data, config, rank, dp) for rank in range(dp)]
+        assert len({len(batches) for batches in ranks}) == 1
+        assert {batch.input_ids.shape for batches in ranks for batch in batches} == {(micro, S)}
+        assert all(batch.cu_seqlens is None for batches in ranks for batch in batches)
+        batches = list(chain(*ranks))
+        fillers = torch.cat([batch.sample_index for batch in batches]) < 0
+        assert int(fillers.sum()) == -7 % (dp * micro)
+        seen.append(contents(batches))
+        assert seen[-1].total() == 7
+    assert all(other == seen[0] for other in seen)
+
+
+def test_validation_of_a_constant_nll_is_that_constant(config_of: Callable[..., Config]) -> None:
+    """t is on a grid and nothing is cut: Σ weights is 1 within the masks' own deviation, Σ (1−p)/(p·S·M²)."""
+    config = config_of(validation__sequences=50)
+    data = PretrainingData(config)
+    batches = validation_batches(data, config, 0, 1)
+    rows = len(data.validation_rows)
+    p = torch.cat([batch.t for batch in batches])
+    p = p[torch.cat([batch.sample_index for batch in batches]) >= 0].double()
+    assert torch.allclose(p.sort().values, (torch.arange(rows) + 0.5).double() / rows * 0.999 + 1e-3)
+    deviation = float(((1 - p) / p).sum() / (S * rows**2)) ** 0.5
+    assert abs(float(sum(batch.loss_weight.sum() for batch in batches)) - 1) < 3 * deviation
+
+
+def test_without_held_out_documents_there_is_no_validation(config_of: Callable[..., Config], tiny_data: Path) -> None:
+    config = config_of(data__corpora=[{"path": str(tiny_data / "corpus")}])
+    assert validation_batches(PretrainingData(config), config, 0, 1) == []
