@@ -1,0 +1,184 @@
+"""megatron-core's LLaDA against the plain one, which the reference outputs fix."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from llada_train.config.schema import Config, ParallelConfig
+from llada_train.convert.names import our_names, split
+from llada_train.convert.plain import plain_model
+from llada_train.data.batch import Batch
+from llada_train.model.hf.modeling_llada import LLaDAModelLM
+from llada_train.model.sizes import tensor_specs
+from llada_train.model.transformer import LLaDATransformer, transformer_config
+from llada_train.model.weights import initial_tensor, shards
+from llada_train.parallel import topology
+
+B, S = 2, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    topology.quiet_engines()
+    topology.initialize(ParallelConfig())
+    yield
+    topology.shutdown()
+
+
+class _Initial:
+    """Every global tensor's initial value."""
+
+    def __init__(self, config: Config) -> None:
+        self.specs, self.seed = tensor_specs(config.model), config.seed
+
+    def names(self) -> list[str]:
+        return list(self.specs)
+
+    def read(self, name: str) -> Tensor:
+        return initial_tensor(name, self.specs[name], self.seed)
+
+
+@pytest.fixture(scope="module", params=[4, 2, 1], ids=lambda heads: f"kv{heads}")
+def models(request: pytest.FixtureRequest) -> tuple[Config, LLaDATransformer, LLaDAModelLM]:
+    config = Config.model_validate(
+        {
+            "run_dir": "unused",
+            "model": {
+                "num_layers": 2,
+                "hidden_size": 32,
+                "num_heads": 4,
+                "num_kv_heads": request.param,
+                "ffn_hidden_size": 48,
+                "vocab_size": 120,
+            },
+            "data": {"tokenizer": "unused", "sequence_length": S, "corpora": [{"path": "unused"}]},
+            "optimizer": {"learning_rate": [{"until_tokens": 1, "end": 1}]},
+            "training": {"global_batch_size": B, "micro_batch_size": B, "precision": "fp32"},
+        }
+    )
+    weights = _Initial(config)
+    ours = LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
+    with torch.no_grad():
+        for shard in shards(ours, config.model):
+            shard.parameter.copy_(shard.of(weights.read(shard.name)))
+    return config, ours, plain_model(weights, config.model)
+
+
+def all_logits_batch(vocab: int, cu_seqlens: Tensor | None = None) -> Batch:
+    """Every position once with every token as target, so that the target logits are all logits."""
+    pairs = torch.cartesian_prod(torch.arange(B * S), torch.arange(vocab))
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        input_ids=torch.randint(0, vocab, (B, S), generator=generator),
+        position_ids=torch.arange(S).repeat(B, 1),
+        cu_seqlens=cu_seqlens,
+        masked_positions=pairs[:, 0].contiguous(),
+        targets=pairs[:, 1].contiguous(),
+        loss_weight=torch.rand(len(pairs), generator=generator),
+        sample_index=torch.arange(B),
+        t=torch.ones(B),
+    )
+
+
+def test_logits_and_log_normalisers_are_the_plain_models(
+    models: tuple[Config, LLaDATransformer, LLaDAModelLM],
+) -> None:
+    config, ours, plain = models
+    batch = all_logits_batch(config.model.padded_vocab_size)
+    log_normaliser, target_logit = ours(batch).detach().view(2, B, S, -1)
+    expected = plain(batch.input_ids).logits.detach()
+    torch.testing.assert_close(target_logit, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        log_normaliser, expected.logsumexp(-1, keepdim=True).expand_as(expected), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_gradients_are_the_plain_models(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
+    config, ours, plain = models
+    batch = all_logits_batch(config.model.padded_vocab_size)
+    ours.zero_grad()
+    log_normaliser, target_logit = ours(batch)
+    (batch.loss_weight * (log_normaliser - target_logit)).sum().backward()
+    plain.zero_grad()
+    nll = -plain(batch.input_ids).logits.log_softmax(-1).reshape(-1)
+    (batch.loss_weight * nll).sum().backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    sources = {(ours_name, piece): hf_name for hf_name, (ours_name, piece) in our_names(config.model).items()}
+    seen = 0
+    for shard in shards(ours, config.model):
+        assert shard.parameter.grad is not None
+        pieces = split(shard.name, shard.parameter.grad.view(shard.spec.shape), config.model)
+        for number, piece in enumerate(pieces):
+            gradient = expected[sources[shard.name, number]]
+            assert gradient is not None
+            torch.testing.assert_close(piece, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+            seen += 1
+    assert seen == len(expected)
+
+
+def test_every_position_sees_every_other(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
+    """Not causal: a change of the last token reaches the first position's logits, and the other way round."""
+    config, ours, _ = models
+    batch = all_logits_batch(config.model.padded_vocab_size)
+    before = ours(batch).detach()[1].view(B, S, -1)
+    for changed, seen in [(S - 1, 0), (0, S - 1)]:
+        batch.input_ids[0, changed] = (batch.input_ids[0, changed] + 1) % config.model.vocab_size
+        after = ours(batch).detach()[1].view(B, S, -1)
+        assert (after[0, seen] - before[0, seen]).abs().max() > 1e-4
+        before = after
+
+
+def test_a_cut_row_is_the_plain_models_shorter_row(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
+    """Padding changes nothing: row 0 is cut to 7 tokens, whatever stands behind them; row 1 is whole."""
+    config, ours, plain = models
+    cu_seqlens = torch.tensor([0, 7, S, 2 * S], dtype=torch.int32)
+    batch = all_logits_batch(config.model.padded_vocab_size, cu_seqlens)
+    found = ours(batch).detach()[1].view(B, S, -1)
+    torch.testing.assert_close(found[0, :7], plain(batch.input_ids[:1, :7]).logits.detach()[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], plain(batch.input_ids[1:]).logits.detach()[0], rtol=1e-5, atol=1e-5)
+
+
+def test_positions_come_from_the_batch(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
+    """Rotary embeddings are relative: shifting all positions changes nothing, shifting half of them does."""
+    config, ours, _ = models
+    batch = all_logits_batch(config.model.padded_vocab_size)
+    before = ours(batch).detach()
+    batch.position_ids.add_(100)
+    torch.testing.assert_close(ours(batch).detach(), before, rtol=1e-4, atol=1e-4)
+    batch.position_ids[:, S // 2 :] += 5
+    assert (ours(batch).detach() - before).abs().max() > 1e-3
+
+
+def test_uniform_logits_cost_ln_v(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
+    config, ours, _ = models
+    head = ours.head.weight.detach().clone()
+    with torch.no_grad():
+        ours.head.weight.zero_()
+        log_normaliser, target_logit = ours(all_logits_batch(config.model.padded_vocab_size))
+        ours.head.weight.copy_(head)
+    expected = torch.full_like(target_logit, math.log(config.model.padded_vocab_size))
+    torch.testing.assert_close(log_normaliser - target_logit, expected)
+
+
+def test_initial_weights_are_mitchells(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
+    """Truncated normal at ±3σ; σ = 1/√d_in, and 1/√(2·d_in·(layer+1)) into the residual stream; norms 1."""
+    config, _, _ = models
+    model = config.model.model_copy(update={"hidden_size": 256, "ffn_hidden_size": 512})
+    specs = tensor_specs(model)
+    expected = {
+        "embedding.weight": 256**-0.5,
+        "head.weight": 256**-0.5,
+        "decoder.layers.1.self_attention.linear_qkv.weight": 256**-0.5,
+        "decoder.layers.1.mlp.linear_fc1.weight": 256**-0.5,
+        "decoder.layers.1.self_attention.linear_proj.weight": (2 * 256 * 2) ** -0.5,
+        "decoder.layers.0.mlp.linear_fc2.weight": (2 * 512 * 1) ** -0.5,
+    }
+    for name, sigma in expected.items():
+        tensor = initial_tensor(name, specs[name], seed=1)
+        # A normal cut at ±3σ has standard deviation 0.98658 σ.
+        assert float(tensor.std()) == pytest.approx(0.98658 * sigma, rel=0.01), name
+        assert float(tensor.abs().max()) <= 3 * sigma
+    assert torch.equal(initial_tensor("n", specs["decoder.final_layernorm.weight"], 1), torch.ones(256))
