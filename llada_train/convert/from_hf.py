@@ -1,6 +1,7 @@
 """Import from Hugging Face format: an exported or released LLaDA folder as initial weights."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _LISTED = 10
 
 
 class HfWeights:
-    """The global tensors of a LLaDA folder in Hugging Face format, read one at a time from its safetensors files."""
+    """The global tensors of a LLaDA folder in Hugging Face format, read one at a time; a context manager."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         """Check config.json and every tensor's name and shape against `model`, by the files' headers alone.
@@ -41,37 +42,38 @@ class HfWeights:
         """
         self._model = model
         self._check_config(folder)
-        self._files: dict[str, Path] = {}
-        problems: list[str] = []
-        expected = hf_shapes(model)
-        for file in _safetensors_files(folder):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                        self._files[name] = file
-                        shape = tuple(tensors.get_slice(name).get_shape())
-                        if name not in expected:
-                            problems.append(f"{name}: not a tensor of this model")
-                        elif shape != expected[name]:
-                            problems.append(f"{name}: shape {list(shape)}, the config's is {list(expected[name])}")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); copy or download it again") from None
-        problems += [f"{name}: missing" for name in expected if name not in self._files]
-        if problems:
-            more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-            lines = "".join(f"\n  {problem}" for problem in problems[:_LISTED] + more)
-            raise UserError(f"{folder}: its tensors are not those of the config's model:{lines}")
+        with ExitStack() as stack:
+            self._files = _open_tensors(_safetensors_files(folder), stack)
+            self._check_tensors(folder)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "HfWeights":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
 
     def names(self) -> list[str]:
         return list(tensor_specs(self._model))
 
     def read(self, name: str) -> Tensor:
         """Our global tensor `name`, fp32."""
-        return join(name, [self._read_piece(theirs) for theirs in hf_names(name)], self._model)
+        pieces = [self._files[theirs].get_tensor(theirs).to(torch.float32) for theirs in hf_names(name)]
+        return join(name, pieces, self._model)
 
-    def _read_piece(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as tensors:
-            return tensors.get_tensor(name).to(torch.float32)
+    def _check_tensors(self, folder: Path) -> None:
+        expected = hf_shapes(self._model)
+        problems = [f"{name}: missing" for name in expected if name not in self._files]
+        for name, file in self._files.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if name not in expected:
+                problems.append(f"{name}: not a tensor of this model")
+            elif shape != expected[name]:
+                problems.append(f"{name}: shape {list(shape)}, the config's is {list(expected[name])}")
+        if problems:
+            more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+            lines = "".join(f"\n  {problem}" for problem in problems[:_LISTED] + more)
+            raise UserError(f"{folder}: its tensors are not those of the config's model:{lines}")
 
     def _check_config(self, folder: Path) -> None:
         path = folder / "config.json"
@@ -90,6 +92,18 @@ class HfWeights:
         ]
         if lines:
             raise UserError(f"{path}: another model than the config's; change one of them:{''.join(lines)}")
+
+
+def _open_tensors(files: list[Path], stack: ExitStack) -> dict[str, Any]:
+    """The open file that holds each tensor."""
+    tensors: dict[str, Any] = {}
+    for path in files:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
+        tensors |= dict.fromkeys(file.keys(), file)
+    return tensors
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ Three of ours hold several of theirs: `linear_qkv` is, for each key-value head, 
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ _IN_LAYER = {
     "mlp.linear_fc1": ("ff_proj", "up_proj"),
     "mlp.linear_fc2": ("ff_out",),
 }
+
+
+class GlobalWeights(Protocol):
+    """Named global tensors, whatever the layout that they were trained on: a checkpoint, or a Hugging Face folder."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> Tensor:
+        """fp32, in the global shape of `llada_train.model.sizes.tensor_specs`."""
+        ...
 
 
 def hf_names(name: str) -> tuple[str, ...]:

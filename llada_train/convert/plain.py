@@ -1,25 +1,14 @@
 """Our weights as the plain torch model."""
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llada_train.config.schema import ModelConfig
-from llada_train.convert.names import hf_names, split
+from llada_train.convert.names import GlobalWeights, hf_names, split
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-
-
-class GlobalWeights(Protocol):
-    """Named global tensors, whatever the layout that they were trained on: a checkpoint, or a Hugging Face folder."""
-
-    def names(self) -> list[str]: ...
-
-    def read(self, name: str) -> Tensor:
-        """fp32, in the global shape of `llada_train.model.sizes.tensor_specs`."""
-        ...
 
 
 def llada_config(model: ModelConfig, mask_id: int | None = None, eos_id: int | None = None) -> LLaDAConfig:

@@ -15,11 +15,12 @@ from transformers import GenerationConfig
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
-from llada_train.convert.names import hf_shapes
-from llada_train.convert.plain import GlobalWeights, hf_tensors, llada_config
+from llada_train.convert.names import GlobalWeights, hf_shapes
+from llada_train.convert.plain import hf_tensors, llada_config
 from llada_train.data.tokenizer import Tokenizer
 from llada_train.model.hf import configuration_llada, modeling_llada
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -27,17 +28,21 @@ def to_hf(
     weights: GlobalWeights,
     config: Config,
     out: Path,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: str = "bf16",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     max_shard_bytes: int = 2 * 10**9,
 ) -> None:
     """Write weights, config, tokenizer and modelling code to the new folder `out`; it appears only when complete.
 
+    `dtype` of the weights: bf16, as LLaDA's release, or fp32.
+
     Memory holds one shard and one of our tensors at a time. `on_progress` gets (tensors written, tensors in all).
 
     Raises:
-        UserError: `out` exists already or cannot be written, or the run's tokenizer cannot be read.
+        UserError: `out` exists already or cannot be written, the run's tokenizer cannot be read, or another dtype.
     """
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r}: give one of {', '.join(_DTYPES)}")
     if out.exists():
         raise UserError(f"{out}: exists already; give a new folder, or remove it first")
     tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -45,8 +50,8 @@ def to_hf(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
-        _write_weights(weights, config, partial, dtype, on_progress, max_shard_bytes)
-        _write_description(config, tokenizer, partial, dtype)
+        _write_weights(weights, config, partial, _DTYPES[dtype], on_progress, max_shard_bytes)
+        _write_description(config, tokenizer, partial, _DTYPES[dtype])
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}") from error

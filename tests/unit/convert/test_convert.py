@@ -63,7 +63,7 @@ def config_of(model: ModelConfig, tokenizer: Path) -> Config:
 @pytest.fixture
 def exported(tokenizer: Path, tmp_path: Path) -> Path:
     model = MODELS[1]
-    to_hf(RandomWeights(model), config_of(model, tokenizer), tmp_path / "hf", torch.float32)
+    to_hf(RandomWeights(model), config_of(model, tokenizer), tmp_path / "hf", "fp32")
     return tmp_path / "hf"
 
 
@@ -111,14 +111,14 @@ def test_round_trip_is_bit_identical(model: ModelConfig, shard_bytes: int, token
         weights,
         config_of(model, tokenizer),
         tmp_path / "new" / "hf",
-        torch.float32,
+        "fp32",
         lambda *step: seen.append(step),
         shard_bytes,
     )
-    read = HfWeights(tmp_path / "new" / "hf", model)
-    assert read.names() == weights.names()
-    for name in weights.names():
-        assert torch.equal(read.read(name), weights.read(name)), name
+    with HfWeights(tmp_path / "new" / "hf", model) as read:
+        assert read.names() == weights.names()
+        for name in weights.names():
+            assert torch.equal(read.read(name), weights.read(name)), name
     assert seen == [(i, 21) for i in range(1, 22)]
     sizes = [file.stat().st_size for file in (tmp_path / "new" / "hf").glob("*.safetensors")]
     assert (len(sizes) == 1) == (shard_bytes == 10**9)
@@ -129,9 +129,9 @@ def test_round_trip_is_bit_identical(model: ModelConfig, shard_bytes: int, token
 def test_bf16_export_rounds_once(tokenizer: Path, tmp_path: Path) -> None:
     weights = RandomWeights(MODELS[1])
     to_hf(weights, config_of(MODELS[1], tokenizer), tmp_path / "hf")
-    read = HfWeights(tmp_path / "hf", MODELS[1])
-    for name in weights.names():
-        assert torch.equal(read.read(name), weights.read(name).bfloat16().float())
+    with HfWeights(tmp_path / "hf", MODELS[1]) as read:
+        for name in weights.names():
+            assert torch.equal(read.read(name), weights.read(name).bfloat16().float())
 
 
 def test_transformers_loads_the_export(exported: Path, tokenizer: Path) -> None:
@@ -161,6 +161,11 @@ def test_existing_output_is_refused_and_kept(exported: Path, tokenizer: Path) ->
     with pytest.raises(UserError, match="exists already"):
         to_hf(RandomWeights(MODELS[1]), config_of(MODELS[1], tokenizer), exported)
     assert sorted(exported.iterdir()) == before
+
+
+def test_unknown_dtype_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="bf16, fp32"):
+        to_hf(RandomWeights(MODELS[1]), config_of(MODELS[1], tokenizer), tmp_path / "hf", "fp16")
 
 
 def test_failed_export_leaves_nothing(tokenizer: Path, tmp_path: Path) -> None:
