@@ -75,14 +75,14 @@ def _stratified(seed: int, first_sample: int, count: int) -> np.ndarray:
     """u_i = (π(i) + o) / count: one sample in each of `count` equal strata, each marginal U[0,1): float64 [count].
 
     The permutation π and the offset o are the global batch's own. (Low-variance sampling of t: Kingma et al.,
-    "Variational diffusion models", 2021, App. I.1, there without a permutation.)
+    "Variational diffusion models", 2021, there without a permutation.)
     """
     words = sample_words(seed, Purpose.STRATUM, first_sample, count)
     return (np.argsort(words[:, 0], kind="stable") + uniform(words[0, 1])) / count
 
 
 def _lengths(seed: int, first_sample: int, count: int, sequence_length: int, cut_probability: float) -> np.ndarray:
-    """Tokens of each sample, int64 [count]: with `cut_probability` U{1..sequence_length}, else all (paper App. B.1).
+    """Tokens of each sample, int64 [count]: with `cut_probability` U{1..sequence_length}, else all (GUIDELINES.md).
 
     The authors' code cuts the whole batch of a device; here each sequence is cut by itself, so that shapes never change
     and the noise does not depend on the layout.
