@@ -59,7 +59,7 @@ def save_config(config: Config, path: Path) -> None:
         yaml.dump(config.model_dump(mode="json"), file)
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """One line for each setting that differs: `key: old → new`."""
     a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     return [f"{key}: {a.get(key)} → {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]

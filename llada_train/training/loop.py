@@ -1,0 +1,142 @@
+"""The training loop. It reads like the paper's Algorithm 1, once noise and layout have been moved out of sight."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+
+from llada_train.checkpoint.writer import Progress, save
+from llada_train.config.errors import UserError
+from llada_train.config.schema import Config
+from llada_train.data.batch import Batch
+from llada_train.data.loader import TrainingLoader
+from llada_train.model.sizes import flops_per_token
+from llada_train.parallel.engine import Engine, Losses
+from llada_train.training.learning_rate import learning_rate
+from llada_train.training.metrics import MetricsLog
+from llada_train.training.run_folder import RunFolder
+from llada_train.training.signals import StopRequest
+
+
+@dataclass
+class _Interval:
+    """What happened since the last line of the log."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    losses: Losses = field(default_factory=Losses.none)
+    data_wait: float = 0.0
+
+    def add(self, losses: Losses, data_wait: float) -> None:
+        self.steps += 1
+        self.losses = self.losses + losses
+        self.data_wait += data_wait
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        loader: TrainingLoader,
+        validation: list[Batch],
+        run: RunFolder,
+        log: MetricsLog | None,  # on the main process only
+        stop: StopRequest,
+        progress: Progress,
+    ) -> None:
+        self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
+        self.run, self.log, self.stop, self.progress = run, log, stop, progress
+        self.saved_step = progress.step if progress.step else None
+
+    def train(self) -> bool:
+        """Run to the end, or until a signal: True when the run is complete. A checkpoint is saved either way."""
+        config = self.config
+        interval = _Interval()
+        with closing(self.loader.iterate(self.progress.consumed_samples, config.train_samples)) as global_batches:
+            while self.progress.consumed_samples < config.train_samples:
+                batches, data_wait = _timed(global_batches)
+                rate = learning_rate(config.optimizer.learning_rate, self._tokens(), self._tokens_per_step())
+                losses, gradient_norm = self.engine.train_step(batches, rate)
+                self._advance()
+                self._refuse_non_finite(losses.loss, gradient_norm)
+                interval.add(losses, data_wait)
+                if self._due(config.logging.interval_steps):
+                    self._report(interval, rate, gradient_norm)
+                    interval = _Interval()
+                if self._due(config.validation.interval_steps):
+                    self._validate()
+                if self._due(config.checkpoint.interval_steps):
+                    self._save()
+                if self.stop.agreed(self.engine.topology.device):
+                    break
+        self._save()
+        return self.progress.consumed_samples >= config.train_samples
+
+    def _advance(self) -> None:
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            consumed_samples=self.progress.consumed_samples + self.config.training.global_batch_size,
+        )
+
+    def _due(self, interval_steps: int) -> bool:
+        """Every so many steps, and at the end of the run."""
+        return self.progress.step % interval_steps == 0 or self.progress.consumed_samples >= self.config.train_samples
+
+    def _tokens(self) -> int:
+        """Nominal tokens so far: the clock of the learning-rate phases."""
+        return self.progress.consumed_samples * self.config.data.sequence_length
+
+    def _tokens_per_step(self) -> int:
+        return self.config.training.global_batch_size * self.config.data.sequence_length
+
+    def _refuse_non_finite(self, loss: float, gradient_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            return
+        raise UserError(
+            f"step {self.progress.step}: loss {loss}, gradient norm {gradient_norm}: not finite; the run stops. "
+            f"Its checkpoints in {self.run.checkpoints} are sound: LLaDA's authors went on from one with a lower "
+            "learning rate"
+        )
+
+    def _report(self, interval: _Interval, rate: float, gradient_norm: float) -> None:
+        if self.log is None:
+            return
+        seconds = time.perf_counter() - interval.started
+        tokens_per_second = interval.steps * self._tokens_per_step() / seconds
+        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
+        self.log.train(
+            step=self.progress.step,
+            consumed_samples=self.progress.consumed_samples,
+            tokens=self._tokens(),
+            loss=interval.losses.loss / interval.steps,
+            learning_rate=rate,
+            grad_norm=gradient_norm,
+            tokens_per_second=tokens_per_second,
+            model_flops_per_second=tokens_per_second * flops,
+            data_wait_seconds=interval.data_wait / interval.steps,
+            step_seconds=seconds / interval.steps,
+            nelbo_by_t=interval.losses.bound_by_t(interval.steps),
+        )
+
+    def _validate(self) -> None:
+        if not self.validation:
+            return
+        losses = self.engine.evaluate(self.validation)
+        if self.log is not None:
+            self.log.validation(
+                step=self.progress.step, tokens=self._tokens(), bound=losses.loss, bound_by_t=losses.bound_by_t()
+            )
+
+    def _save(self) -> None:
+        if self.saved_step == self.progress.step:
+            return
+        save(self.run.checkpoints, self.engine, self.config, self.progress, self.config.checkpoint.keep)
+        self.saved_step = self.progress.step
+
+
+def _timed(batches: Iterator[list[Batch]]) -> tuple[list[Batch], float]:
+    started = time.perf_counter()
+    return next(batches), time.perf_counter() - started

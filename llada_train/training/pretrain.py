@@ -1,0 +1,81 @@
+"""`llada-train pretrain`: build what the config names, in this order, and run the loop."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from llada_train.checkpoint.reader import Checkpoint
+from llada_train.checkpoint.store import resolve
+from llada_train.checkpoint.writer import Progress, load
+from llada_train.config.errors import UserError
+from llada_train.config.load import differences, load_config
+from llada_train.config.schema import Config
+from llada_train.convert.from_hf import HfWeights
+from llada_train.convert.plain import GlobalWeights
+from llada_train.data.loader import TrainingLoader, validation_batches
+from llada_train.data.rows import PretrainingData
+from llada_train.model.weights import initial_tensor
+from llada_train.parallel import topology
+from llada_train.parallel.engine import Engine
+from llada_train.training.loop import Trainer
+from llada_train.training.metrics import MetricsLog, plot_curves
+from llada_train.training.run_folder import RunFolder
+from llada_train.training.signals import STOPPED_EXIT_CODE, StopRequest
+
+
+def pretrain(config_file: Path, overrides: Sequence[str]) -> int:
+    """Train on this process (one of WORLD_SIZE); returns the exit code: 0 complete, 75 stopped by a signal.
+
+    Raises:
+        UserError: config, data, tokenizer, run folder or checkpoint are at fault.
+    """
+    stop = StopRequest()
+    config = load_config(config_file, overrides, topology.world_size())
+    data = PretrainingData(config)
+    run = RunFolder(config, is_main=topology.rank() == 0)
+    here = topology.initialize(config.parallel)
+    try:
+        engine = Engine(config, here)
+        progress = _restore(config, engine, run)
+        log = MetricsLog(run.path, progress.step, config) if here.is_main else None
+        trainer = Trainer(
+            config=config,
+            engine=engine,
+            loader=TrainingLoader(data, config, here.data_parallel_rank, here.data_parallel_size),
+            validation=validation_batches(data, config, here.data_parallel_rank, here.data_parallel_size),
+            run=run,
+            log=log,
+            stop=stop,
+            progress=progress,
+        )
+        complete = trainer.train()
+        if log is not None:
+            log.close()
+            plot_curves(run.path)
+    finally:
+        topology.shutdown()
+    return 0 if complete else STOPPED_EXIT_CODE
+
+
+def _restore(config: Config, engine: Engine, run: RunFolder) -> Progress:
+    """The newest checkpoint of this run; else the weights that `init_from` names; else LLaDA's initialisation."""
+    if run.resume_from is not None:
+        with Checkpoint(run.resume_from) as checkpoint:
+            return load(checkpoint, engine)
+    if config.init_from is not None:
+        with _weights(config.init_from, config) as weights:
+            engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))
+    else:
+        engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    return Progress(step=0, consumed_samples=0)
+
+
+def _weights(path: Path, config: Config) -> AbstractContextManager[GlobalWeights]:
+    """A Hugging Face folder has a config.json; a checkpoint or a run folder has not."""
+    if (path / "config.json").exists():
+        return nullcontext(HfWeights(path, config.model))
+    checkpoint = Checkpoint(resolve(path))
+    if checkpoint.config.model != config.model:
+        lines = differences(checkpoint.config.model, config.model)
+        raise UserError("\n  ".join([f"init_from {path}: another model (stored there → given now):", *lines]))
+    return checkpoint

@@ -1,0 +1,28 @@
+"""SIGTERM and SIGUSR1 ask a run to stop after the step in hand; all ranks agree on which step that is."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: a checkpoint is saved; the same command goes on from it
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Remembers that a signal came. Any number of further signals changes nothing: what is being saved is saved."""
+
+    def __init__(self) -> None:
+        self._received = False
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Collective: has any rank been asked to stop? Signals reach ranks at different steps; the answer is one."""
+        flag = torch.tensor(int(self._received), device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
