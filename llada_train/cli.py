@@ -1,13 +1,16 @@
 """The `llada-train` command. Nothing heavy is imported before a command needs it."""
 
+import dataclasses
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +27,11 @@ app = typer.Typer(
 )
 convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints to and from Hugging Face folders.")
 app.add_typer(convert, name="convert")
+
+
+class Precision(StrEnum):
+    bf16 = "bf16"
+    fp32 = "fp32"
 
 
 class Remasking(StrEnum):
@@ -66,15 +74,15 @@ def pretrain(
 def to_hf(
     source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder (its newest) or a step-*.")],
     output: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
-    dtype: Annotated[str, typer.Option(help="bf16 (as LLaDA's release) or fp32.")] = "bf16",
+    dtype: Annotated[Precision, typer.Option(help="Of the weights written.")] = Precision.bf16,
 ) -> None:
     """Write a checkpoint, of any layout, as a Hugging Face folder that transformers loads by itself."""
     from llada_train.checkpoint.reader import Checkpoint
     from llada_train.checkpoint.store import resolve
     from llada_train.convert.to_hf import to_hf as write
 
-    with Checkpoint(resolve(source)) as checkpoint:
-        write(checkpoint, checkpoint.config, output, dtype)
+    with Checkpoint(resolve(source)) as checkpoint, _progress("tensors") as advance:
+        write(checkpoint, checkpoint.config, output, dtype.value, advance)
     typer.echo(f"wrote {output}")
 
 
@@ -96,8 +104,28 @@ def sample(
     ] = Remasking.low_confidence,
     seed: Annotated[int, typer.Option(help="Of the temperature's noise and of random remasking.")] = 0,
 ) -> None:
-    """Fill in masks: continue a prompt, or complete a text with masks anywhere."""
-    raise NotImplementedError
+    """Fill in masks: continue a prompt, or complete a text with masks anywhere.
+
+    Example: llada-train sample runs/demo/hf --infill 'import <|mdm_mask|><|mdm_mask|>'
+    """
+    if (prompt is None) == (infill is None):
+        raise UserError("sample: give either --prompt or --infill")
+    from llada_train.convert.load import load_plain
+    from llada_train.data.tokenizer import MASK_TOKEN
+    from llada_train.sampling.sampler import SamplingOptions
+    from llada_train.sampling.text import complete_text, continue_text
+
+    plain, tokenizer = load_plain(model)
+
+    def logits(ids: Any) -> Any:
+        return plain(ids).logits[..., : tokenizer.vocab_size]  # not the rows that only pad the vocabulary
+
+    masks = gen_length if infill is None else infill.count(MASK_TOKEN)
+    options = SamplingOptions(steps or max(1, masks), block_length, temperature, remasking.value, seed)
+    if infill is not None:
+        typer.echo(complete_text(logits, tokenizer, infill, options))
+    elif prompt is not None:
+        typer.echo(continue_text(logits, tokenizer, prompt, gen_length, options))
 
 
 @app.command()
@@ -106,7 +134,46 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Bound on the held-out documents, against unigram and bigram models of the same tokens."""
-    raise NotImplementedError
+    from llada_train.checkpoint.reader import Checkpoint
+    from llada_train.checkpoint.store import resolve
+    from llada_train.convert.plain import plain_model
+    from llada_train.data.rows import PretrainingData
+    from llada_train.evaluation.report import held_out_report
+
+    with Checkpoint(resolve(source)) as checkpoint:
+        config = checkpoint.config
+        plain = plain_model(checkpoint, config.model)
+    data = PretrainingData(config)
+    with _progress("bound on held-out rows") as advance:
+        report = held_out_report(lambda ids: plain(ids).logits, data, config, advance)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.tokens:,} held-out tokens, {report.text_bytes:,} bytes")
+    for column in ("", "nats per token", "bits per byte"):
+        table.add_column(column, justify="right" if column else "left")
+    error = f"± {report.bound_standard_error:.3f}"
+    for name, score, spread in (
+        ("model, upper bound", report.bound, error),
+        ("bigram, add-one", report.bigram, ""),
+        ("unigram entropy", report.unigram, ""),
+    ):
+        table.add_row(name, f"{score.nats_per_token:.3f} {spread:7}", f"{score.bits_per_byte:.3f}")
+    Console().print(table)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, where that is a terminal; yields the function to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def main() -> None:

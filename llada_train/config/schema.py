@@ -48,9 +48,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _heads(self) -> "ModelConfig":
         if self.hidden_size % self.num_heads:
-            raise problem(
-                "num_heads", f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
-            )
+            raise problem("num_heads", f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
             raise problem(
                 "num_kv_heads", f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}"
@@ -74,7 +72,7 @@ class DataConfig(Section):
     tokenizer: Path = Field(description="folder with tokenizer.json, as `llada-data train-tokenizer` writes it")
     sequence_length: PositiveInt
     corpora: Annotated[list[CorpusConfig], Field(min_length=1)]
-    prefetch: PositiveInt = Field(default=4, description="micro-batches made ahead of the training thread")
+    prefetch: PositiveInt = Field(default=4, description="steps whose batches are made ahead of the training thread")
 
     @model_validator(mode="after")
     def _distinct(self) -> "DataConfig":

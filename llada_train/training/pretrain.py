@@ -11,7 +11,7 @@ from llada_train.config.errors import UserError
 from llada_train.config.load import differences, load_config
 from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
-from llada_train.convert.plain import GlobalWeights
+from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation_batches
 from llada_train.data.rows import PretrainingData
 from llada_train.model.weights import initial_tensor
