@@ -1,7 +1,7 @@
 """`llada-train pretrain`: build what the config names, in this order, and run the loop."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llada_train.checkpoint.reader import Checkpoint
@@ -73,7 +73,7 @@ def _restore(config: Config, engine: Engine, run: RunFolder) -> Progress:
 def _weights(path: Path, config: Config) -> AbstractContextManager[GlobalWeights]:
     """A Hugging Face folder has a config.json; a checkpoint or a run folder has not."""
     if (path / "config.json").exists():
-        return nullcontext(HfWeights(path, config.model))
+        return HfWeights(path, config.model)
     checkpoint = Checkpoint(resolve(path))
     if checkpoint.config.model != config.model:
         lines = differences(checkpoint.config.model, config.model)
