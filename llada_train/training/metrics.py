@@ -1,0 +1,206 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, one console line, and a picture of the curves. Rank 0 only."""
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from llada_train.config.errors import UserError
+from llada_train.config.schema import Config
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "loss_curves.png"
+TENSORBOARD_FOLDER = "tensorboard"
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Writes each record to metrics.jsonl and TensorBoard and tells it on the console.
+
+    Losses and bounds are in nats per token, times in seconds per step.
+    """
+
+    def __init__(self, run_dir: Path, resumed_step: int, config: Config, console: Console | None = None) -> None:
+        """Open the logs of `run_dir`. What they hold beyond `resumed_step` (0: all) is dropped, since it comes again.
+
+        Raises:
+            UserError: metrics.jsonl holds something else than metrics.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._last_tokens = config.train_samples * config.data.sequence_length
+        self._console = console or Console(highlight=False)
+        path = run_dir / METRICS_FILE
+        kept = [record for record in read_metrics(run_dir) if record["step"] <= resumed_step and resumed_step > 0]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        purge_from = resumed_step + 1 if resumed_step else 0
+        self._tensorboard = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=purge_from)
+
+    def train(
+        self,
+        *,
+        step: int,
+        consumed_samples: int,
+        tokens: int,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        tokens_per_second: float,
+        model_flops_per_second: float,
+        data_wait_seconds: float,
+        step_seconds: float,
+        nelbo_by_t: Sequence[float | None],
+    ) -> None:
+        """Record an interval of training steps that ends with `step`; `tokens` are nominal.
+
+        `nelbo_by_t` splits the loss over equal buckets of t in [0, 1]; None where no sequence fell.
+        """
+        rates = {
+            "tokens_per_second": tokens_per_second,
+            "model_flops_per_second": model_flops_per_second,
+            "data_wait_seconds": data_wait_seconds,
+            "step_seconds": step_seconds,
+        }
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        record = {"kind": "train", "step": step, "consumed_samples": consumed_samples, "tokens": tokens}
+        self._append({**record, **values, **rates, "nelbo_by_t": list(nelbo_by_t)})
+        self._scalars("train", step, values)
+        self._scalars("speed", step, rates)
+        self._scalars("train_nelbo_by_t", step, _by_t(nelbo_by_t))
+        left = timedelta(seconds=round(max(0, self._last_tokens - tokens) / tokens_per_second))
+        self._tell(
+            f"[bold]step {step:>7,}[/]  tokens {_short(tokens):>6}  loss [bold]{loss:7.4f}[/]  lr {learning_rate:.2e}  "
+            f"grad norm {grad_norm:6.3f}  {_short(tokens_per_second):>6} tokens/s  {left} left"
+        )
+
+    def validation(self, *, step: int, tokens: int, bound: float, bound_by_t: Sequence[float | None]) -> None:
+        """Record the bound on the held-out documents after `step`, whole and split over buckets of t."""
+        self._append(
+            {"kind": "validation", "step": step, "tokens": tokens, "bound": bound, "bound_by_t": list(bound_by_t)}
+        )
+        self._scalars("validation", step, {"bound": bound})
+        self._scalars("validation_bound_by_t", step, _by_t(bound_by_t))
+        self._tell(f"[bold]step {step:>7,}[/]  [green]held-out bound {bound:.4f} nats/token[/]")
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def _append(self, record: Record) -> None:
+        self._file.write(_line(record))
+
+    def _scalars(self, group: str, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+        self._tensorboard.flush()  # its own period is two minutes, which a killed run would lose
+
+    def _tell(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """The records of a run so far, in the order written; a last line that a kill cut off is left out.
+
+    Raises:
+        UserError: a line is not a record.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if record["kind"] not in ("train", "validation") or not isinstance(record["step"], int):
+                raise KeyError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not a metrics record; mend the line, or remove it") from None
+        records.append(record)
+    return records
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw the run's losses and learning rate over nominal tokens; returns the PNG file.
+
+    Raises:
+        UserError: as `read_metrics`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    records = read_metrics(run_dir)
+    train = [record for record in records if record["kind"] == "train"]
+    validation = [record for record in records if record["kind"] == "validation"]
+    figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+
+    tokens = _column(train, "tokens")
+    loss = _column(train, "loss")
+    losses.plot(tokens, loss, color="tab:blue", alpha=0.3, linewidth=0.8)
+    losses.plot(tokens, _running_mean(loss), color="tab:blue", label="training loss, running mean")
+    held_out = _column(validation, "tokens"), _column(validation, "bound")
+    losses.plot(*held_out, "o-", color="tab:orange", markersize=4, label="held-out bound")
+    losses.set_ylabel("nats per token")
+    losses.legend(frameon=False)
+    rates.plot(tokens, _column(train, "learning_rate"), color="tab:gray")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("nominal tokens")
+    rates.xaxis.set_major_formatter(EngFormatter(sep=""))
+    rates.set_ylim(bottom=0)
+    for axes in (losses, rates):
+        _plain(axes)
+
+    path = run_dir / CURVES_FILE
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png")
+    return temporary.replace(path)
+
+
+def _plain(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window, a twentieth of the run wide and narrower towards both ends."""
+    half, sums = len(values) // 40, [0.0, *accumulate(values)]
+    means = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return means
+
+
+def _column(records: Iterable[Record], key: str) -> list[float]:
+    return [record[key] for record in records]
+
+
+def _by_t(values: Sequence[float | None]) -> dict[str, float]:
+    """TensorBoard names of the buckets that hold something: 0.3-0.4 → value."""
+    width = 1 / len(values)
+    return {f"{i * width:.1f}-{(i + 1) * width:.1f}": v for i, v in enumerate(values) if v is not None}
+
+
+def _line(record: Record) -> str:
+    # No NaN: the loop stops a run before it would log one, and JSON has none.
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _short(number: float) -> str:
+    """1234567 → 1.23M"""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
