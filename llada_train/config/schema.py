@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
@@ -20,7 +21,7 @@ def problem(key: str, message: str) -> PydanticCustomError:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -112,7 +113,7 @@ class OptimizerConfig(Section):
     learning_rate: Annotated[list[LearningRatePhase], Field(min_length=1)] = Field(
         description="phases in order; the last one's until_tokens is the length of the run"
     )
-    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: NonNegativeFloat = Field(default=0.1, description="on matrices; never on norms")
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
@@ -141,7 +142,9 @@ class ParallelConfig(Section):
     tensor_parallel: PositiveInt = 1
     pipeline_parallel: PositiveInt = 1
     sequence_parallel: bool = False
-    zero_stage: Literal[1] = 1
+    zero_stage: Literal[1, 2] = Field(
+        default=1, description="DeepSpeed ZeRO over data parallelism: 1 splits the optimizer state, 2 gradients too"
+    )
 
     @property
     def model_parallel(self) -> int:
@@ -211,6 +214,12 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
         not parallel.sequence_parallel or tp > 1,
         "parallel.sequence_parallel",
         "splits the sequence over tensor-parallel ranks, but tensor_parallel is 1; raise it or set this to false",
+    )
+    check(
+        parallel.zero_stage == 1 or pp == 1,
+        "parallel.zero_stage",
+        f"{parallel.zero_stage} splits gradients that pipeline stages still add to; with pipeline_parallel {pp} use "
+        "zero_stage 1, or set pipeline_parallel to 1",
     )
     length = config.data.sequence_length
     check(

@@ -7,7 +7,7 @@ gradients are accumulated and reduced in fp32.
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,12 +98,19 @@ class Engine:
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config, self.topology = config, topology
         self.bf16 = config.training.precision == "bf16"
+        # bf16 with ZeRO 1: DeepSpeed adds fp32 gradients up in each parameter's hook, and the schedule drives the raw
+        # module, whatever the pipeline. Otherwise ZeRO wants its own forward and backward.
+        self._adds_gradients_in_hooks = self.bf16 and config.parallel.zero_stage == 1
         self.model = LLaDATransformer(config.model, transformer_config(config, topology.device.type == "cpu"))
         self.shards = list(shards(self.model, config.model))
         for shard in self.shards:  # DeepSpeed's own name for "this rank counts it in the gradient norm"
             shard.parameter.model_parallel = shard.owned  # type: ignore[attr-defined]
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use on every rank
             self._engine = self._deepspeed_engine()
+        if not self._adds_gradients_in_hooks:
+            self.model.config.grad_scale_func = self._engine.scale
+            if self.bf16:
+                self.model.config.no_sync_func = self._before_the_last_micro_batch
         self._allocate_optimizer_state()
 
     def _deepspeed_engine(self) -> Any:
@@ -128,7 +135,7 @@ class Engine:
                 "gradient_accumulation_steps": 1,  # accumulation is megatron-core's
                 "gradient_clipping": optimizer.gradient_clipping,
                 "zero_optimization": {"stage": self.config.parallel.zero_stage},
-                "bf16": {"enabled": self.bf16, "immediate_grad_update": self.bf16},
+                "bf16": {"enabled": self.bf16, "immediate_grad_update": self._adds_gradients_in_hooks},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",  # the default rounds gradients to bf16 on the wire
                 "steps_per_print": 10**9,
@@ -191,16 +198,23 @@ class Engine:
         """
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.bf16:
-            # DeepSpeed adds fp32 gradients in each parameter's hook; the schedule drives the raw module.
+        if self._adds_gradients_in_hooks:
             losses = self._run(batches, self.model, nullcontext())
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
+        elif self.bf16:
+            losses = self._run(batches, self._engine, nullcontext())
         else:
-            self.model.config.grad_scale_func = self._engine.scale
             losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
         self._engine.step()
         return losses, float(self._engine.get_global_grad_norm())
+
+    @contextmanager
+    def _before_the_last_micro_batch(self) -> Iterator[None]:
+        """The schedule's `no_sync`: tells ZeRO that more gradients of this step follow."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        yield
+        self._engine.set_gradient_accumulation_boundary(True)
 
     def evaluate(self, batches: list[Batch]) -> Losses:
         """The losses of a global batch, without gradients."""

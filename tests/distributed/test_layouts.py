@@ -18,10 +18,13 @@ from llada_train.parallel.launch import launch_local
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 TP2, PP2, SP = "parallel.tensor_parallel=2", "parallel.pipeline_parallel=2", "parallel.sequence_parallel=true"
+ZERO2 = "parallel.zero_stage=2"
 FOUR_PROCESSES: dict[str, list[str]] = {
     "dp4": [],
     "dp4-micro-batch-1": ["training.micro_batch_size=1"],
+    "dp4-zero2": [ZERO2],
     "tp2-dp2": [TP2],
+    "tp2-sp-dp2-zero2": [TP2, SP, ZERO2],
     "tp2-sp-dp2": [TP2, SP],
     "pp2-dp2": [PP2],
     "pp4": ["parallel.pipeline_parallel=4"],
