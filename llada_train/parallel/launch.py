@@ -15,6 +15,7 @@ from types import FrameType
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_SECONDS = 10.0
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is saved; the same command goes on from it
 
 
 def free_port() -> int:
@@ -66,7 +67,7 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
         codes = [worker.poll() for worker in workers]
         if None not in codes:
             return failed or next((code for code in codes if code), 0)
-        bad = next((code for code in codes if code), 0)
+        bad = next((code for code in codes if code not in (None, 0, STOPPED_EXIT_CODE)), 0)
         if bad and deadline is None:
             failed = bad if bad > 0 else 128 - bad
             deadline = time.monotonic() + GRACE_SECONDS

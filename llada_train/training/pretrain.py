@@ -17,10 +17,11 @@ from llada_train.data.rows import PretrainingData
 from llada_train.model.weights import initial_tensor
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
+from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plot_curves
 from llada_train.training.run_folder import RunFolder
-from llada_train.training.signals import STOPPED_EXIT_CODE, StopRequest
+from llada_train.training.signals import StopRequest
 
 
 def pretrain(config_file: Path, overrides: Sequence[str]) -> int:

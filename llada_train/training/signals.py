@@ -6,7 +6,6 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: a checkpoint is saved; the same command goes on from it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
