@@ -19,44 +19,47 @@ Location = tuple[int | str, ...]
 def load_config(path: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
     """Read a config file, apply dotted overrides (`training.micro_batch_size=2`), and check everything at once.
 
-    A section may name another YAML file, relative to the one that names it (`model: ../model/llada_8b.yaml`).
-    `world_size`, where known, is checked against the parallel sizes.
+    A section may name another YAML file: in a config file relative to that file (`model: ../model/llada_8b.yaml`), in
+    an override relative to the working directory. `world_size`, where known, is checked against the parallel sizes.
 
     Raises:
         UserError: the file cannot be read, or any setting is wrong; all problems are listed.
     """
     tree = _read_yaml(path)
     sources: dict[str, Path] = {}
-    for key, value in list(tree.items()):
-        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            sources[key] = path.parent / value
-            tree[key] = _read_yaml(sources[key])
-    overridden = {_override(tree, text) for text in overrides}
+    _include(tree, path.parent, sources)
+    overridden: set[Location] = set()
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            overridden.add(_override(tree, text))
+            from_file = _include(tree, Path(), sources)
+            overridden = {key for key in overridden if key[0] not in from_file}
+        except _OverrideError as error:
+            problems.append(f"override {text!r}: {error}")
     found: list[tuple[Location, str]] = []
     config: Config | None = None
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        found = [_describe(tree, dict(e)) for e in error.errors()]
+        found = [_describe(dict(e)) for e in error.errors()]
     if config is not None:
         rules = cross_section_problems(config)
-        if world_size is not None and not rules:
-            rules = check_world_size(config, world_size)
+        if world_size is not None:
+            told = {key for key, _ in rules}
+            rules += [rule for rule in check_world_size(config, world_size) if rule[0] not in told]
         found = [(tuple(key.split(".")), message) for key, message in rules]
-    if config is None or found:
-        lines = [f"  {_place(tree, path, sources, overridden, loc)}: {message}" for loc, message in found]
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError("\n".join([f"{path}: {count} in the config:", *lines]))
+    problems += [f"{_place(tree, path, sources, overridden, loc)}: {message}" for loc, message in found]
+    if config is None or problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError("\n  ".join([f"{path}: {count} in the config:", *problems]))
     return config
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config, every default spelled out, as YAML that `load_config` reads back unchanged."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
     with path.open("w", encoding="utf-8") as file:
-        yaml.dump(config.model_dump(mode="json"), file)
+        YAML(typ="rt").dump(config.model_dump(mode="json"), file)
 
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
@@ -78,6 +81,21 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+class _OverrideError(Exception):
+    """What is wrong with one override."""
+
+
+def _include(tree: CommentedMap, base: Path, sources: dict[str, Path]) -> set[str]:
+    """Read the sections that are given as the path of a YAML file, and return them; `sources` remembers their files."""
+    included = set()
+    for key, value in tree.items():
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")) and _section_of(key) is not None:
+            sources[key] = base / value
+            tree[key] = _read_yaml(base / value)
+            included.add(key)
+    return included
+
+
 def _read_yaml(path: Path) -> CommentedMap:
     try:
         # The round-trip loader keeps line numbers and builds plain data only; YAML 1.2 reads 1e-4 as a number.
@@ -92,7 +110,7 @@ def _read_yaml(path: Path) -> CommentedMap:
     except YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, CommentedMap):
-        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(tree).__name__}")
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found {_kind(tree)}")
     return tree
 
 
@@ -100,33 +118,33 @@ def _override(tree: CommentedMap, text: str) -> Location:
     """Set one `a.b.c=value` in the tree; list items are addressed by number."""
     dotted, equals, value = text.partition("=")
     if not equals or not dotted:
-        raise UserError(f"override {text!r}: expected key=value, for example training.micro_batch_size=2")
+        raise _OverrideError("expected key=value, for example training.micro_batch_size=2")
     try:
         parsed = YAML(typ="rt").load(value)
     except YAMLError:
-        raise UserError(f"override {text!r}: {value!r} is not valid YAML") from None
+        raise _OverrideError(f"{value!r} is not valid YAML") from None
     *parents, last = dotted.split(".")
     node: Any = tree
     for depth, part in enumerate(parents):
-        key = _list_index(node, part, text)
+        key = _key(node, part)
         if isinstance(node, CommentedMap) and node.get(key) is None:
             node[key] = CommentedMap()
         node = node[key]
         if not isinstance(node, CommentedMap | CommentedSeq):
-            raise UserError(f"override {text!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    node[_list_index(node, last, text)] = parsed
+            raise _OverrideError(f"{'.'.join(parents[: depth + 1])} is a value, not a section")
+    node[_key(node, last)] = parsed
     return tuple(dotted.split("."))
 
 
-def _list_index(node: Any, part: str, text: str) -> int | str:
+def _key(node: Any, part: str) -> int | str:
     if not isinstance(node, CommentedSeq):
         return part
     if not part.isdecimal() or int(part) >= len(node):
-        raise UserError(f"override {text!r}: {part!r} is not an index of a list of {len(node)}")
+        raise _OverrideError(f"{part!r} is not an index of a list of {len(node)}")
     return int(part)
 
 
-def _describe(tree: CommentedMap, error: dict[str, Any]) -> tuple[Location, str]:
+def _describe(error: dict[str, Any]) -> tuple[Location, str]:
     loc: Location = error["loc"]
     if error["type"] == "rule":
         return (*loc, *error["ctx"]["key"].split(".")), error["ctx"]["message"]
@@ -137,34 +155,49 @@ def _describe(tree: CommentedMap, error: dict[str, Any]) -> tuple[Location, str]
         return loc, f"unknown key; {hint}"
     if error["type"] == "missing":
         return loc, "is required"
-    return loc, f"{error['msg']} (got {error['input']!r})"
+    got = error["input"]
+    return loc, f"{error['msg']} (got {_kind(got) if isinstance(got, dict | list) else repr(got)})"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section"
+    if isinstance(value, list):
+        return "a list"
+    return "nothing" if value is None else repr(value)
 
 
 def _known_keys(loc: Location) -> list[str]:
     """The keys that the section at `loc` accepts."""
-    section: Any = Config
+    section: type[BaseModel] = Config
     for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation: Any = section.model_fields[part].annotation
-        while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            annotation = get_args(annotation)[0]
-        section = annotation
+        if isinstance(part, str):
+            section = _section_of(part, section) or section
     return list(section.model_fields)
 
 
+def _section_of(key: Any, parent: type[BaseModel] = Config) -> type[BaseModel] | None:
+    """The type of `parent`'s section, or list of sections, called `key`; None: it is a plain setting, or unknown."""
+    field = parent.model_fields.get(key)
+    annotation: Any = field.annotation if field else None
+    while annotation is not None and not isinstance(annotation, type):
+        annotation = next(iter(get_args(annotation)), None)
+    return annotation if annotation is not None and issubclass(annotation, BaseModel) else None
+
+
 def _place(tree: CommentedMap, path: Path, sources: dict[str, Path], overridden: set[Location], loc: Location) -> str:
+    """`key (file, line n)`; a key that is not in the file has the line of the section that lacks it."""
     key = ".".join(map(str, loc))
     if any(tuple(map(str, loc[: len(o)])) == o for o in overridden):
         return f"{key} (override)"
-    file = sources.get(str(loc[0]), path) if loc else path
-    node: Any = tree
-    line = None
-    for part in loc:
+    file, node, line = path, tree, None
+    for depth, part in enumerate(loc):
         part = int(part) if isinstance(node, CommentedSeq) and str(part).isdecimal() else part
         try:
             line = (node.lc.item(part) if isinstance(node, CommentedSeq) else node.lc.key(part))[0] + 1
             node = node[part]
         except (KeyError, IndexError, AttributeError, TypeError):
             break
+        if depth == 0 and part in sources:
+            file, line = sources[part], 1
     return f"{key} ({file}, line {line})" if line is not None else key

@@ -174,8 +174,8 @@ def _plain(axes: "Axes") -> None:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window, a twentieth of the run wide and narrower towards both ends."""
-    half, sums = len(values) // 40, [0.0, *accumulate(values)]
+    """Mean over a centred window, a tenth of the run wide and narrower towards both ends."""
+    half, sums = len(values) // 20, [0.0, *accumulate(values)]
     means = []
     for i in range(len(values)):
         reach = min(half, i, len(values) - 1 - i)
