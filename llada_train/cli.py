@@ -57,10 +57,11 @@ def pretrain(
     Example: llada-train pretrain configs/pretrain/demo.yaml training.micro_batch_size=4 --processes 2
     """
     if processes is not None:
-        from llada_train.config.load import load_config
         from llada_train.parallel.launch import launch_local, own_command
+        from llada_train.training.preflight import open_inputs
 
-        load_config(config, overrides or [], processes)  # every problem is told once, before anything starts
+        # Every problem is told once, before anything starts.
+        open_inputs(config, overrides or [], processes).run.prepare()
         raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or [])])))
     from llada_train.parallel.topology import quiet_engines
 
@@ -82,6 +83,7 @@ def to_hf(
     from llada_train.convert.to_hf import to_hf as write
 
     with Checkpoint(resolve(source)) as checkpoint, _progress("tensors") as advance:
+        checkpoint.verify(checkpoint.manifest.files)
         write(checkpoint, checkpoint.config, output, dtype.value, advance)
     typer.echo(f"wrote {output}")
 

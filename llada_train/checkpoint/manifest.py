@@ -6,15 +6,20 @@ other wrote.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from llada_train.config.errors import UserError
+from llada_train.config.schema import Config
 
 FILE_NAME = "manifest.json"
 MAX_BYTES = 1 << 28  # a manifest of a 1,024-rank 8B run is about 2 MiB
 FORMAT = 1
+
+
+# A name in the checkpoint's own folder: a manifest from elsewhere must not reach out of it.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]
 
 
 class _Strict(BaseModel):
@@ -29,7 +34,7 @@ class FileEntry(_Strict):
 class FragmentEntry(_Strict):
     """Flat elements [start, stop) of slice `index` of `count` of a tensor, in `file`."""
 
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+\.safetensors$")]
+    file: FileName
     index: NonNegativeInt
     count: PositiveInt
     start: NonNegativeInt
@@ -42,8 +47,8 @@ class Manifest(_Strict):
     consumed_samples: NonNegativeInt
     optimizer_steps: NonNegativeInt
     versions: dict[str, str]
-    config: dict[str, Any]
-    files: dict[str, FileEntry]
+    config: Config
+    files: dict[FileName, FileEntry]
     tensors: dict[str, list[FragmentEntry]]
 
 
@@ -60,8 +65,10 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: damaged: {where}: {first['msg']}; use an older checkpoint") from None
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise UserError(f"{path}: damaged: {where}{first['msg']}; use an older checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if manifest.format != FORMAT:
         raise UserError(f"{path}: format {manifest.format}, but this version reads format {FORMAT}")
     return manifest

@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llada_train.checkpoint.manifest import FragmentEntry, Manifest, read_manifest
+from llada_train.checkpoint.manifest import FILE_NAME, FragmentEntry, Manifest, read_manifest
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
 from llada_train.model.sizes import TensorSpec, slice_runs, tensor_specs
 
 MASTER = "master"
@@ -26,13 +25,15 @@ class Checkpoint:
         """Raises UserError: no checkpoint, a damaged manifest, or a file that is missing or has another size."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        self.config = Config.model_validate(self.manifest.config)
+        self.config = self.manifest.config
         self.specs = tensor_specs(self.config.model)
         self._files: dict[str, Any] = {}
         self._places: dict[str, _Places] = {}
         self._stack = ExitStack()
         if set(self.manifest.tensors) != set(self.specs):
-            raise UserError(f"{folder}: damaged: the manifest's tensors are not those of its own config's model")
+            raise self._damaged("its tensors are not those of its own config's model")
+        if any(f.file not in self.manifest.files for entries in self.manifest.tensors.values() for f in entries):
+            raise self._damaged("a tensor lies in a file that is not listed")
         for name, entry in self.manifest.files.items():
             file = folder / name
             size = file.stat().st_size if file.exists() else None
@@ -63,12 +64,15 @@ class Checkpoint:
     def read_runs(self, name: str, kind: str, runs: Iterable[tuple[int, int]]) -> Tensor:
         """Ranges (start, length) of the flattened global tensor, one after the other. [Σ length] fp32."""
         if name not in self._places:
-            self._places[name] = _Places(self.specs[name], self.manifest.tensors[name])
+            places = _Places(self.specs[name], self.manifest.tensors[name])
+            if not places.complete:
+                raise self._damaged(f"the fragments of {name} do not make it up")
+            self._places[name] = places
         wanted = list(runs)
         out = torch.empty(sum(length for _, length in wanted))
         filled = 0
         for start, length in wanted:
-            for entry, offset, count in self._places[name].find(name, start, length):
+            for entry, offset, count in self._places[name].find(start, length):
                 out[filled : filled + count] = self._slice(entry, f"{kind}/{name}", offset, count)
                 filled += count
         return out
@@ -78,9 +82,15 @@ class Checkpoint:
         try:
             if entry.file not in self._files:
                 self._files[entry.file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            return self._files[entry.file].get_slice(key)[offset : offset + count]
+            piece: Tensor = self._files[entry.file].get_slice(key)[offset : offset + count]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged checkpoint: {key}: {error}; use an older checkpoint") from None
+        if piece.shape != (count,):
+            raise UserError(f"{path}: damaged checkpoint: {key} is cut short; use an older checkpoint")
+        return piece
+
+    def _damaged(self, problem: str) -> UserError:
+        return UserError(f"{self.folder / FILE_NAME}: damaged: {problem}; use an older checkpoint")
 
 
 class _Places:
@@ -90,20 +100,23 @@ class _Places:
         self.entries = entries
         rows: list[tuple[int, int, int, int]] = []  # global start, length, entry, offset within the fragment
         for number, entry in enumerate(entries):
+            if spec.shape[spec.partition_dim or 0] % entry.count or entry.stop > spec.numel // entry.count:
+                continue  # no slice of this tensor: a damaged manifest
             offset = 0
             for start, length in slice_runs(spec, entry.index, entry.count, entry.start, entry.stop):
                 rows.append((start, length, number, offset))
                 offset += length
         rows.sort()
         self.table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        ends = self.table[:, 0] + self.table[:, 1]
+        starts = np.append(self.table[:, 0], spec.numel)
+        self.complete = bool(np.array_equal(np.insert(ends, 0, 0), starts))  # nothing is missing, nothing there twice
 
-    def find(self, name: str, start: int, length: int) -> Iterator[tuple[FragmentEntry, int, int]]:
+    def find(self, start: int, length: int) -> Iterator[tuple[FragmentEntry, int, int]]:
         """(fragment, offset in it, elements) that together hold [start, start + length)."""
         row = int(np.searchsorted(self.table[:, 0], start, side="right")) - 1
         while length:
-            inside = start - int(self.table[row, 0]) if 0 <= row < len(self.table) else -1
-            if inside < 0 or inside >= self.table[row, 1]:
-                raise UserError(f"damaged checkpoint: {name} lacks element {start:,}; use an older checkpoint")
+            inside = start - int(self.table[row, 0])
             count = min(length, int(self.table[row, 1]) - inside)
             yield self.entries[int(self.table[row, 2])], int(self.table[row, 3]) + inside, count
             start, length, row = start + count, length - count, row + 1

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,8 +40,10 @@ def save(root: Path, engine: Engine, config: Config, progress: Progress, keep: i
     folder = root / folder_name(progress.step)
     temporary = root / f"{folder.name}.tmp"
     if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+        for remnant in root.glob("*.tmp"):  # of a save that was killed
+            shutil.rmtree(remnant, ignore_errors=True)
+        with suppress(OSError):  # every rank finds out when it writes, and says why
+            temporary.mkdir(parents=True)
     dist.barrier()
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, _write_rank(temporary, engine))
@@ -65,6 +68,18 @@ def save(root: Path, engine: Engine, config: Config, progress: Progress, keep: i
 
 def load(checkpoint: Checkpoint, engine: Engine) -> Progress:
     """Fill the engine from a checkpoint of any layout, after checking every file; collective over all ranks."""
+    verify(checkpoint)
+    engine.set_weights(lambda shard: checkpoint.read_runs(shard.name, MASTER, shard.runs()))
+    for fragment in engine.fragments():
+        for kind, state in fragment.state.items():
+            if kind != MASTER:
+                state.copy_(checkpoint.read_runs(fragment.shard.name, kind, fragment.runs()))
+    engine.optimizer_steps = checkpoint.manifest.optimizer_steps
+    return Progress(checkpoint.manifest.step, checkpoint.manifest.consumed_samples)
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Check every file's checksum, each on one rank; collective over all ranks. Raises UserError on all of them."""
     names = sorted(checkpoint.manifest.files)
     problem: str | None = None
     try:
@@ -75,13 +90,6 @@ def load(checkpoint: Checkpoint, engine: Engine) -> Progress:
     dist.all_gather_object(problems, problem)
     if any(problems):
         raise UserError(next(found for found in problems if found))
-    engine.set_weights(lambda shard: checkpoint.read_runs(shard.name, MASTER, shard.runs()))
-    for fragment in engine.fragments():
-        for kind, state in fragment.state.items():
-            if kind != MASTER:
-                state.copy_(checkpoint.read_runs(fragment.shard.name, kind, fragment.runs()))
-    engine.optimizer_steps = checkpoint.manifest.optimizer_steps
-    return Progress(checkpoint.manifest.step, checkpoint.manifest.consumed_samples)
 
 
 def _write_rank(folder: Path, engine: Engine) -> str | tuple[str, FileEntry, list[tuple[str, FragmentEntry]]]:
@@ -127,10 +135,11 @@ def _finish(
         consumed_samples=progress.consumed_samples,
         optimizer_steps=engine.optimizer_steps,
         versions={package: version(package) for package in ("llada-train", "torch", "megatron-core", "deepspeed")},
-        config=config.model_dump(mode="json"),
+        config=config,
         files={name: entry for name, entry, _ in outcomes},
         tensors=tensors,
     )
+    latest = folder.parent / f"{LATEST}.tmp"
     try:
         path = temporary / FILE_NAME
         path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
@@ -139,12 +148,12 @@ def _finish(
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        latest = folder.parent / f"{LATEST}.tmp"
         latest.write_text(f"{folder.name}\n", encoding="utf-8")
         _fsync(latest)
         latest.replace(folder.parent / LATEST)
         _fsync(folder.parent)
     except OSError as error:
+        latest.unlink(missing_ok=True)
         return str(error)
     return None
 

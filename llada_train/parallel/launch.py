@@ -39,8 +39,12 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
     threads = max(1, (os.cpu_count() or 1) // processes)
     shared.setdefault("OMP_NUM_THREADS", str(threads))
     workers: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []  # signals that came before the last worker was started
 
-    def forward(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None = None) -> None:
+        if len(workers) < processes:
+            early.append(number)
+            return
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
@@ -51,6 +55,8 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C reaches the workers once, through `forward`.
             workers.append(subprocess.Popen(command, env=env, start_new_session=True))
+        for number in early:
+            forward(number)
         return _wait(workers)
     finally:
         for worker in workers:
@@ -65,15 +71,15 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
     failed = 0
     while True:
         codes = [worker.poll() for worker in workers]
-        if None not in codes:
-            return failed or next((code for code in codes if code), 0)
         bad = next((code for code in codes if code not in (None, 0, STOPPED_EXIT_CODE)), 0)
-        if bad and deadline is None:
-            failed = bad if bad > 0 else 128 - bad
+        if bad and not failed:
+            failed = bad if bad > 0 else 128 - bad  # as a shell reports a signal
             deadline = time.monotonic() + GRACE_SECONDS
             for worker in workers:
                 if worker.poll() is None:
                     worker.terminate()
+        if None not in codes:
+            return failed or next((code for code in codes if code), 0)
         if deadline is not None and time.monotonic() > deadline:
             for worker in workers:
                 if worker.poll() is None:

@@ -62,14 +62,15 @@ class Trainer:
                 self._advance()
                 self._refuse_non_finite(losses.loss, gradient_norm)
                 interval.add(losses, data_wait)
-                if self._due(config.logging.interval_steps):
+                stopping = self.stop.agreed(self.engine.topology.device)
+                if stopping or self._due(config.logging.interval_steps):
                     self._report(interval, rate, gradient_norm)
                     interval = _Interval()
                 if self._due(config.validation.interval_steps):
                     self._validate()
                 if self._due(config.checkpoint.interval_steps):
                     self._save()
-                if self.stop.agreed(self.engine.topology.device):
+                if stopping:
                     break
         self._save()
         return self.progress.consumed_samples >= config.train_samples

@@ -5,21 +5,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llada_train.checkpoint.reader import Checkpoint
-from llada_train.checkpoint.store import resolve
-from llada_train.checkpoint.writer import Progress, load
-from llada_train.config.errors import UserError
-from llada_train.config.load import differences, load_config
-from llada_train.config.schema import Config
+from llada_train.checkpoint.store import checkpoints, resolve
+from llada_train.checkpoint.writer import Progress, load, verify
+from llada_train.config.schema import Config, ModelConfig
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation_batches
-from llada_train.data.rows import PretrainingData
 from llada_train.model.weights import initial_tensor
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plot_curves
+from llada_train.training.preflight import is_hf_folder, open_inputs
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 
@@ -31,13 +29,16 @@ def pretrain(config_file: Path, overrides: Sequence[str]) -> int:
         UserError: config, data, tokenizer, run folder or checkpoint are at fault.
     """
     stop = StopRequest()
-    config = load_config(config_file, overrides, topology.world_size())
-    data = PretrainingData(config)
-    run = RunFolder(config, is_main=topology.rank() == 0)
+    inputs = open_inputs(config_file, overrides, topology.world_size())
+    config, data, run = inputs.config, inputs.data, inputs.run
+    if topology.rank() == 0:
+        run.prepare()
     here = topology.initialize(config.parallel)
     try:
         engine = Engine(config, here)
         progress = _restore(config, engine, run)
+        if here.is_main and run.resume_from is not None:
+            print(f"resuming from {run.resume_from} at step {progress.step:,}")
         log = MetricsLog(run.path, progress.step, config) if here.is_main else None
         trainer = Trainer(
             config=config,
@@ -53,6 +54,11 @@ def pretrain(config_file: Path, overrides: Sequence[str]) -> int:
         if log is not None:
             log.close()
             plot_curves(run.path)
+            if not complete:
+                saved = checkpoints(run.checkpoints)[-1]
+                step = trainer.progress.step
+                print(f"stopped by a signal after step {step:,}; checkpoint {saved}; run the same command to go on")
+        stop.ignore()
     finally:
         topology.shutdown()
     return 0 if complete else STOPPED_EXIT_CODE
@@ -64,19 +70,16 @@ def _restore(config: Config, engine: Engine, run: RunFolder) -> Progress:
         with Checkpoint(run.resume_from) as checkpoint:
             return load(checkpoint, engine)
     if config.init_from is not None:
-        with _weights(config.init_from, config) as weights:
+        with _weights(config.init_from, config.model) as weights:
             engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))
     else:
         engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
     return Progress(step=0, consumed_samples=0)
 
 
-def _weights(path: Path, config: Config) -> AbstractContextManager[GlobalWeights]:
-    """A Hugging Face folder has a config.json; a checkpoint or a run folder has not."""
-    if (path / "config.json").exists():
-        return HfWeights(path, config.model)
+def _weights(path: Path, model: ModelConfig) -> AbstractContextManager[GlobalWeights]:
+    if is_hf_folder(path):
+        return HfWeights(path, model)
     checkpoint = Checkpoint(resolve(path))
-    if checkpoint.config.model != config.model:
-        lines = differences(checkpoint.config.model, config.model)
-        raise UserError("\n  ".join([f"init_from {path}: another model (stored there → given now):", *lines]))
+    verify(checkpoint)
     return checkpoint

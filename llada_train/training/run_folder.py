@@ -1,6 +1,5 @@
 """The run folder: one run's config, logs and checkpoints, and the check that it is this run's."""
 
-from pathlib import Path
 
 from llada_train.checkpoint.store import FOLDER, checkpoints
 from llada_train.config.errors import UserError
@@ -15,15 +14,16 @@ _FREE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "logging.")
 
 
 class RunFolder:
-    def __init__(self, config: Config, is_main: bool) -> None:
-        """Open or make the folder; on the main process, write the resolved config into a new one.
+    def __init__(self, config: Config) -> None:
+        """Look at the folder, whether it exists or not; nothing is written.
 
         Raises:
-            UserError: it cannot be written, belongs to a run with another config, or is used although resume is never.
+            UserError: it belongs to a run with another config, or is used although resume is never.
         """
+        self._config = config
         self.path = config.run_dir
         self.checkpoints = self.path / FOLDER
-        stored = self.path / CONFIG_FILE
+        self._stored = self.path / CONFIG_FILE
         found = checkpoints(self.checkpoints)
         self.resume_from = found[-1] if found else None
         if self.resume_from is not None and config.resume == "never":
@@ -31,24 +31,27 @@ class RunFolder:
                 f"{self.path}: holds a run already (newest checkpoint: {self.resume_from.name}) and resume is 'never'; "
                 "give another run_dir, or resume=auto to go on with it"
             )
-        if stored.exists():
-            changed = [line for line in differences(load_config(stored), config) if not _free(line)]
-            if changed and self.resume_from is not None:
+        if self.resume_from is not None and self._stored.exists():
+            changed = [line for line in differences(load_config(self._stored), config) if not _free(line)]
+            if changed:
                 raise UserError(
                     "\n  ".join(
                         [f"{self.path}: belongs to a run with another config (stored there → given now):", *changed]
                     )
                     + "\ngive another run_dir, or the run's own settings"
                 )
-        if is_main:
-            self._prepare(config, stored)
 
-    def _prepare(self, config: Config, stored: Path) -> None:
+    def prepare(self) -> None:
+        """Make the folder and write the resolved config into it; on one process.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        temporary = self._stored.with_suffix(".tmp")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            temporary = stored.with_suffix(".tmp")
-            save_config(config, temporary)
-            temporary.replace(stored)
+            save_config(self._config, temporary)
+            temporary.replace(self._stored)
         except OSError as error:
             raise UserError(
                 f"run_dir {self.path}: cannot be written: {error.strerror or error}; "

@@ -20,6 +20,11 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
 
+    def ignore(self) -> None:
+        """From now on, even while the interpreter shuts down: the exit code says that all is saved."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def agreed(self, device: torch.device) -> bool:
         """Collective: has any rank been asked to stop? Signals reach ranks at different steps; the answer is one."""
         flag = torch.tensor(int(self._received), device=device)
