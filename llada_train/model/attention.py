@@ -4,7 +4,7 @@ Shapes: S positions, B rows, N query heads and G key-value heads on this rank, D
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -71,14 +71,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """One call for each segment: exact, and cheaper than a masked call over whole rows."""
+    """One call for each run of segments of equal length, such as uncut rows: cheaper than a masked call over all."""
     S, B = q.shape[:2]
-    rows = [x.transpose(0, 1).reshape(B * S, *x.shape[2:]) for x in (q, k, v)]
-    bounds = cu_seqlens.tolist()
-    pieces = [
-        _sdpa(*(x[a:b].transpose(0, 1).unsqueeze(0) for x in rows)).squeeze(0).transpose(0, 1)
-        for a, b in pairwise(bounds)
-    ]
+    tokens = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
+    pieces, start = [], 0
+    for length, segments in groupby(cu_seqlens.diff().tolist()):
+        stop = start + length * len(list(segments))
+        out = _sdpa(*(x[start:stop].unflatten(0, (-1, length)).transpose(1, 2) for x in tokens))
+        pieces.append(out.transpose(1, 2).flatten(0, 1))
+        start = stop
     return torch.cat(pieces).reshape(B, S, *q.shape[2:]).transpose(0, 1)
 
 
