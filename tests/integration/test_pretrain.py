@@ -1,0 +1,122 @@
+"""`llada-train pretrain` in fresh processes: however it is started, what it writes, and where its weights begin."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llada_train.checkpoint.store import FOLDER, checkpoints
+from llada_train.config.load import load_config
+from llada_train.training.metrics import CURVES_FILE, TENSORBOARD_FOLDER, read_metrics
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+STEPS = 10
+COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "ninja", "nvcc")
+
+
+def start(config: Path, *arguments: str, launcher: list[str] | None = None, **settings: Any) -> str:
+    """Run pretrain to its end; nothing but the log may be said. Returns stdout."""
+    command = [*(launcher or [sys.executable]), "-m", "llada_train.cli", "pretrain", str(config), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def train_records(config: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(load_config(config).run_dir) if record["kind"] == "train"]
+
+
+def losses_and_norms(config: Path) -> list[tuple[float, float]]:
+    return [(record["loss"], record["grad_norm"]) for record in train_records(config)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pretrain")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: Path, folder: Path) -> tuple[Path, str]:
+    """The config of a run of 2 processes, on a machine without a compiler, and what the run said."""
+    tools = folder / "bin"
+    tools.mkdir()
+    (tools / "python").symlink_to(sys.executable)
+    environment = {key: value for key, value in os.environ.items() if key not in ("CC", "CXX", "CUDA_HOME")}
+    environment["PATH"] = str(tools)
+    assert not any(shutil.which(compiler, path=str(tools)) for compiler in COMPILERS)
+    (folder / "finished").mkdir()
+    config = write_config(tiny_data, folder / "finished")
+    return config, start(config, "--processes", "2", env=environment)
+
+
+def test_two_processes_without_a_compiler_log_each_step_once(finished: tuple[Path, str]) -> None:
+    config, output = finished
+    run = load_config(config).run_dir
+    records = [(record["kind"], record["step"]) for record in read_metrics(run)]
+    expected = [("train", step) for step in range(1, STEPS + 1)]
+    assert [record for record in records if record[0] == "train"] == expected
+    assert [record for record in records if record[0] == "validation"] == [("validation", 5), ("validation", 10)]
+    assert len(output.splitlines()) == len(records)  # one line each, and nothing else
+
+    assert load_config(run / "config.yaml") == load_config(config)
+    assert (run / CURVES_FILE).read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(run / TENSORBOARD_FOLDER)).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert logged == [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in train_records(config)]
+
+
+def test_finished_run_has_nothing_to_go_on_with(finished: tuple[Path, str]) -> None:
+    config, _ = finished
+    run = load_config(config).run_dir
+    before = [read_metrics(run), checkpoints(run / FOLDER)]
+    assert start(config) == f"resuming from {before[1][-1]} at step {STEPS}\n"
+    assert [read_metrics(run), checkpoints(run / FOLDER)] == before
+
+
+def test_evaluate_gives_the_last_validation_bound(finished: tuple[Path, str], run_command: Run) -> None:
+    config, _ = finished
+    run = load_config(config).run_dir
+    done = run_command("llada_train.cli", "evaluate", run, "--json")
+    bound = next(r["bound"] for r in read_metrics(run) if r["kind"] == "validation" and r["step"] == STEPS)
+    assert json.loads(done.stdout)["bound"]["nats_per_token"] == pytest.approx(bound, rel=1e-5)
+
+
+def test_torchrun_is_the_same_run(tiny_data: Path, tmp_path: Path, finished: tuple[Path, str]) -> None:
+    config = write_config(tiny_data, tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start(config, launcher=torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert losses_and_norms(config) == losses_and_norms(finished[0])
+
+
+def test_one_process_alone_is_the_same_run(tiny_data: Path, tmp_path: Path, finished: tuple[Path, str]) -> None:
+    config = write_config(tiny_data, tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    start(config, env=environment)
+    assert losses_and_norms(config) == [pytest.approx(pair, rel=1e-4) for pair in losses_and_norms(finished[0])]
+
+
+def test_initial_weights_from_a_checkpoint_or_a_hugging_face_folder(
+    tiny_data: Path, tmp_path: Path, finished: tuple[Path, str], run_command: Run
+) -> None:
+    source = load_config(finished[0]).run_dir
+    assert (
+        run_command("llada_train.cli", "convert", "to-hf", source, tmp_path / "hf", "--dtype", "fp32").returncode == 0
+    )
+    one_step = [{"until_tokens": 16 * 32, "end": 0.0}]
+    first = {}
+    for name, path in [("run", source), ("hf", tmp_path / "hf")]:
+        folder = tmp_path / f"from-{name}"
+        folder.mkdir()
+        config = write_config(tiny_data, folder, init_from=str(path), optimizer__learning_rate=one_step)
+        start(config)
+        first[name] = losses_and_norms(config)
+    assert first["run"] == first["hf"]
+    assert first["hf"][0][0] < 0.7 * losses_and_norms(finished[0])[0][0]
