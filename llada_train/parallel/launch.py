@@ -4,6 +4,7 @@ torchrun does not pass a worker's own exit code on, and a run that was told to s
 few lines that start local processes are ours.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
     """Run `command` N times with torchrun's environment variables; return the first non-zero exit code, or 0.
 
     SIGTERM, SIGUSR1 and Ctrl-C go on to every process. When one fails the others get SIGTERM, and after a grace time
-    SIGKILL, so that none is left behind.
+    SIGKILL; when this process is killed, all get SIGTERM. None is left behind.
     """
     shared = {
         **os.environ,
@@ -54,7 +55,9 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
         for rank in range(processes):
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C reaches the workers once, through `forward`.
-            workers.append(subprocess.Popen(command, env=env, start_new_session=True))
+            workers.append(
+                subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_stop_with_the_launcher)
+            )
         for number in early:
             forward(number)
         return _wait(workers)
@@ -85,6 +88,12 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
                 if worker.poll() is None:
                     worker.kill()
         time.sleep(0.05)
+
+
+def _stop_with_the_launcher() -> None:
+    """Run by a worker as it starts: should the launcher be killed, Linux sends SIGTERM, and the worker saves and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:

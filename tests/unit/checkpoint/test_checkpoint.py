@@ -1,0 +1,229 @@
+"""A checkpoint's files, written here by hand in many layouts, and damaged in many ways."""
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llada_train.checkpoint import manifest as manifest_file
+from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, FragmentEntry, Manifest
+from llada_train.checkpoint.reader import Checkpoint, sha256
+from llada_train.checkpoint.store import FOLDER, checkpoints, resolve
+from llada_train.config.errors import UserError
+from llada_train.config.schema import Config
+from llada_train.model.sizes import slice_runs, tensor_specs
+
+CONFIG = Config.model_validate(
+    {
+        "run_dir": "run",
+        "model": {
+            "num_layers": 1,
+            "hidden_size": 16,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "ffn_hidden_size": 12,
+            "vocab_size": 100,
+        },
+        "data": {"tokenizer": "tokenizer", "sequence_length": 8, "corpora": [{"path": "corpus"}]},
+        "optimizer": {"learning_rate": [{"until_tokens": 1000, "end": 1e-3}]},
+        "training": {"global_batch_size": 4, "micro_batch_size": 2},
+    }
+)
+SPECS = tensor_specs(CONFIG.model)
+KINDS = ("master", "exp_avg")
+
+
+def global_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"{kind}/{name}": torch.randn(s.shape, generator=generator) for kind in KINDS for name, s in SPECS.items()}
+
+
+TENSORS = global_tensors()
+
+
+def slices(full: Tensor, name: str, count: int) -> list[Tensor]:
+    """Tensor parallelism's cut, by torch: the oracle of every range computed in llada_train."""
+    dim = SPECS[name].partition_dim
+    return [full] if dim is None else list(full.chunk(count, dim))
+
+
+def write(folder: Path, tensor_parallel: int = 2, cuts: Callable[[int], list[int]] = lambda n: [n // 3]) -> Path:
+    """A checkpoint in which each tensor's flat slices are cut at `cuts(elements)`, each piece in another file."""
+    folder.mkdir()
+    content: dict[str, dict[str, Tensor]] = {}
+    entries: dict[str, list[FragmentEntry]] = {name: [] for name in SPECS}
+    for name in SPECS:
+        count = len(slices(TENSORS[f"master/{name}"], name, tensor_parallel))
+        for index in range(count):
+            numel = SPECS[name].numel // count
+            borders = [0, *sorted(cuts(numel)), numel]
+            for part, (start, stop) in enumerate(pairwise(borders)):
+                file = f"rank-{part * count + index:05d}.safetensors"
+                entries[name].append(FragmentEntry(file=file, index=index, count=count, start=start, stop=stop))
+                for kind in KINDS:
+                    piece = slices(TENSORS[f"{kind}/{name}"], name, tensor_parallel)[index].flatten()[start:stop]
+                    content.setdefault(file, {})[f"{kind}/{name}"] = piece.clone()
+    for file, tensors in content.items():
+        save_file(tensors, folder / file)
+    manifest = Manifest(
+        format=FORMAT,
+        step=3,
+        consumed_samples=12,
+        optimizer_steps=3,
+        versions={},
+        config=CONFIG,
+        files={f: FileEntry(size=(folder / f).stat().st_size, sha256=sha256(folder / f)) for f in content},
+        tensors=entries,
+    )
+    (folder / FILE_NAME).write_text(manifest.model_dump_json())
+    return folder
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tensor_parallel=st.sampled_from([1, 2, 4]),
+    shares=st.lists(st.floats(0, 1), max_size=3),
+    wanted=st.sampled_from([1, 2, 4]),
+    data=st.data(),
+)
+def test_any_layout_reads_what_any_other_wrote(
+    tmp_path_factory: pytest.TempPathFactory,
+    tensor_parallel: int,
+    shares: list[float],
+    wanted: int,
+    data: st.DataObject,
+) -> None:
+    folder = tmp_path_factory.mktemp("checkpoint") / "step-00000003"
+    write(folder, tensor_parallel, lambda numel: [round(share * numel) for share in shares])
+    with Checkpoint(folder) as checkpoint:
+        for name, spec in SPECS.items():
+            assert torch.equal(checkpoint.read(name), TENSORS[f"master/{name}"])
+            parts = slices(TENSORS[f"exp_avg/{name}"], name, wanted)
+            index = data.draw(st.integers(0, len(parts) - 1))
+            start, stop = sorted(data.draw(st.tuples(*[st.integers(0, parts[0].numel())] * 2)))
+            found = checkpoint.read_runs(name, "exp_avg", slice_runs(spec, index, len(parts), start, stop))
+            assert torch.equal(found, parts[index].flatten()[start:stop])
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write(tmp_path / "step-00000003")
+
+
+def read_everything(folder: Path) -> None:
+    with Checkpoint(folder) as found:
+        for name in found.names():
+            found.read(name)
+
+
+def test_sound_checkpoint_is_verified(checkpoint: Path) -> None:
+    with Checkpoint(checkpoint) as found:
+        found.verify(found.manifest.files)
+    read_everything(checkpoint)
+
+
+def test_flipped_bit_is_found(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with Checkpoint(checkpoint) as found, pytest.raises(UserError, match=r"rank-00001\.safetensors: .*checksum"):
+        found.verify(found.manifest.files)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "bytes"),
+        (lambda file: file.unlink(), "missing"),
+        (lambda file: file.write_bytes(b"\xff" * file.stat().st_size), "damaged"),
+    ],
+    ids=["cut", "missing", "overwritten"],
+)
+def test_damaged_file_is_named(checkpoint: Path, damage: Callable[[Path], object], words: str) -> None:
+    file = checkpoint / "rank-00002.safetensors"
+    damage(file)
+    with pytest.raises(UserError) as error:
+        read_everything(checkpoint)
+    assert str(error.value).startswith(f"{file}: ") and words in str(error.value)
+
+
+def first_fragment(tree: dict[str, Any]) -> dict[str, Any]:
+    return tree["tensors"]["head.weight"][0]
+
+
+def rename_file(tree: dict[str, Any], name: str) -> None:
+    tree["files"][name] = tree["files"].pop("rank-00000.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda tree: rename_file(tree, "../outside.safetensors"), id="file outside"),
+        pytest.param(lambda tree: rename_file(tree, "/etc/passwd"), id="absolute file"),
+        pytest.param(lambda tree: first_fragment(tree).update(file="../x.safetensors"), id="fragment outside"),
+        pytest.param(lambda tree: first_fragment(tree).update(file="rank-00099.safetensors"), id="unlisted file"),
+        pytest.param(lambda tree: first_fragment(tree).update(start=1), id="gap"),
+        pytest.param(lambda tree: first_fragment(tree).update(stop=10**15), id="beyond the end"),
+        pytest.param(lambda tree: first_fragment(tree).update(count=0), id="no slices"),
+        pytest.param(lambda tree: first_fragment(tree).update(count=7), id="uneven slices"),
+        pytest.param(lambda tree: first_fragment(tree).update(index=5), id="no such slice"),
+        pytest.param(lambda tree: first_fragment(tree).update(index=-1), id="negative slice"),
+        pytest.param(lambda tree: tree["tensors"]["head.weight"].append(first_fragment(tree)), id="twice"),
+        pytest.param(lambda tree: tree["tensors"]["head.weight"].clear(), id="no fragments"),
+        pytest.param(lambda tree: tree["tensors"].pop("head.weight"), id="tensor missing"),
+        pytest.param(lambda tree: tree.update(format=FORMAT + 1), id="later format"),
+        pytest.param(lambda tree: tree.update(surprise=1), id="unknown key"),
+        pytest.param(lambda tree: tree["config"]["model"].update(num_heads=3), id="config that is none"),
+        pytest.param(lambda tree: tree["config"]["model"].update(num_layers=2), id="config of another model"),
+        pytest.param(lambda tree: tree["files"]["rank-00000.safetensors"].update(sha256="0"), id="short checksum"),
+    ],
+)
+def test_damaged_manifest_is_named(checkpoint: Path, damage: Callable[[dict[str, Any]], object]) -> None:
+    path = checkpoint / FILE_NAME
+    tree = json.loads(path.read_text())
+    damage(tree)
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError) as error:
+        read_everything(checkpoint)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@settings(max_examples=50, deadline=None)
+@given(cut=st.floats(0, 1, exclude_max=True))
+def test_cut_manifest_is_named(tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    whole = json.dumps({"format": FORMAT, "files": {}})
+    (folder / FILE_NAME).write_text(whole[: int(cut * len(whole))])
+    with pytest.raises(UserError, match=FILE_NAME):
+        Checkpoint(folder)
+
+
+def test_oversized_manifest_is_not_read(checkpoint: Path) -> None:
+    with (checkpoint / FILE_NAME).open("r+b") as file:
+        file.truncate(manifest_file.MAX_BYTES + 1)  # sparse: no disk space
+    with pytest.raises(UserError, match="too large for a manifest"):
+        Checkpoint(checkpoint)
+
+
+def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    root = tmp_path / FOLDER
+    root.mkdir()
+    for name in ("step-00000020", "step-00000003", "step-100000000", "step-00000030.tmp"):
+        write(root / name)
+    (root / "step-00000040").mkdir()  # no manifest
+    assert [path.name for path in checkpoints(root)] == ["step-00000003", "step-00000020", "step-100000000"]
+    assert resolve(tmp_path) == root / "step-100000000"
+    assert resolve(root / "step-00000003") == root / "step-00000003"
+    with pytest.raises(UserError, match="neither a checkpoint"):
+        resolve(root / "step-00000040")
