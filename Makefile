@@ -26,7 +26,7 @@ check: $(INSTALLED) ## Lint, format, types, and the direction of imports
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED) ## Speed and memory of the engine against a plain PyTorch loop
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/engine_vs_plain.py
 
 clean: ## Remove what the commands above made, .venv and runs/demo included
 	rm -rf $(VENV) runs/demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
