@@ -91,7 +91,7 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
 
 
 def _stop_with_the_launcher() -> None:
-    """Run by a worker as it starts: should the launcher be killed, Linux sends SIGTERM, and the worker saves and ends."""
+    """Run by a worker as it starts: should the launcher be killed, Linux sends SIGTERM, so that it saves and ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
