@@ -1,6 +1,5 @@
 """The run folder: one run's config, logs and checkpoints, and the check that it is this run's."""
 
-
 from llada_train.checkpoint.store import FOLDER, checkpoints
 from llada_train.config.errors import UserError
 from llada_train.config.load import differences, load_config, save_config
