@@ -32,8 +32,11 @@ CLEARLY = 0.5  # nats per token that the model has to be better than the unigram
 LOAD_WITH_TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("import os", return_tensors="pt").input_ids
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = tokenizer("import os", return_tensors="pt").input_ids
 with torch.no_grad():
     logits = model(ids).logits
 print(f"{type(model).__name__}: {model.num_parameters():,} parameters, logits {tuple(logits.shape)}")
@@ -150,7 +153,7 @@ def logged_tokens() -> int:
 def held_out_piece(texts: list[str]) -> tuple[str, str, str]:
     """The first method of the held-out code: (what stands before, what is to be hidden, what stands behind)."""
     for text in texts:
-        found = re.search(r"(    def \w+)(\(self\):\n        )((?:.+\n){1,4})", text)
+        found = re.search(r"(    def \w+)(\(self)(\):\n(?:        .*self\..+\n){2,5})", text)
         if found:
             return found[1], found[2], found[3]
     sys.exit("no method in the held-out code")
