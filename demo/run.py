@@ -21,12 +21,12 @@ from rich.table import Table
 
 from llada_train.config.load import load_config
 from llada_train.data.tokenizer import MASK_TOKEN, Tokenizer
+from llada_train.parallel.launch import STOPPED_EXIT_CODE
 
 CONFIG = Path("configs/pretrain/demo.yaml")
 DEMO = Path("runs/demo")
 TEXT, TOKENIZER, RUN, HF = DEMO / "text.jsonl", DEMO / "tokenizer", DEMO / "train", DEMO / "hf"
 PROCESSES = 2
-STOPPED_EXIT_CODE = 75
 COMMANDS = Path(sys.executable).parent
 CLEARLY = 0.5  # nats per token that the model has to be better than the unigram entropy
 LOAD_WITH_TRANSFORMERS = """
@@ -136,6 +136,8 @@ def stop_halfway(command: list[object], tokens: int) -> None:
     process = subprocess.Popen([COMMANDS / words[0], *words[1:]])
     while process.poll() is None and logged_tokens() < tokens:
         time.sleep(0.2)
+    if process.poll() is not None:
+        sys.exit(f"pretrain ended before half of the tokens were done, with exit code {process.returncode}")
     console.print(f"[bold magenta]half of the tokens are done: sending SIGTERM to process {process.pid}[/]")
     process.send_signal(signal.SIGTERM)
     code = process.wait()

@@ -63,12 +63,15 @@ def pretrain(
         # Every problem is told once, before anything starts.
         open_inputs(config, overrides or [], processes).run.prepare()
         raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or [])])))
+    from llada_train.training.signals import StopRequest
+
+    stop = StopRequest()
     from llada_train.parallel.topology import quiet_engines
 
     quiet_engines()
     from llada_train.training.pretrain import pretrain as run
 
-    raise typer.Exit(run(config, overrides or []))
+    raise typer.Exit(run(config, overrides or [], stop))
 
 
 @convert.command("to-hf")
@@ -123,7 +126,10 @@ def sample(
         return plain(ids).logits[..., : tokenizer.vocab_size]  # not the rows that only pad the vocabulary
 
     masks = gen_length if infill is None else infill.count(MASK_TOKEN)
-    options = SamplingOptions(steps or max(1, masks), block_length, temperature, remasking.value, seed)
+    # One mask a step, if not told otherwise; the sampler wants equally many steps in each block.
+    per_block = min(block_length or masks, masks) or 1
+    steps = steps or -(-masks // per_block) * per_block or 1
+    options = SamplingOptions(steps, block_length, temperature, remasking.value, seed)
     if infill is not None:
         typer.echo(complete_text(logits, tokenizer, infill, options))
     elif prompt is not None:
@@ -143,6 +149,7 @@ def evaluate(
     from llada_train.evaluation.report import held_out_report
 
     with Checkpoint(resolve(source)) as checkpoint:
+        checkpoint.verify(checkpoint.manifest.files)
         config = checkpoint.config
         plain = plain_model(checkpoint, config.model)
     data = PretrainingData(config)

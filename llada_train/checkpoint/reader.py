@@ -13,9 +13,7 @@ from torch import Tensor
 
 from llada_train.checkpoint.manifest import FILE_NAME, FragmentEntry, Manifest, read_manifest
 from llada_train.config.errors import UserError
-from llada_train.model.sizes import TensorSpec, slice_runs, tensor_specs
-
-MASTER = "master"
+from llada_train.model.sizes import MASTER, TensorSpec, slice_runs, tensor_specs
 
 
 class Checkpoint:

@@ -23,6 +23,11 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def is_hf_folder(path: Path) -> bool:
+    """A Hugging Face folder has a config.json; a checkpoint or a run folder has not."""
+    return (path / "config.json").exists()
+
+
 def resolve(path: Path) -> Path:
     """A checkpoint folder itself, or the newest one of a run folder.
 

@@ -17,8 +17,10 @@ from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, Fragme
 from llada_train.checkpoint.reader import Checkpoint, sha256
 from llada_train.checkpoint.store import LATEST, checkpoints, folder_name
 from llada_train.config.errors import UserError
+from llada_train.config.load import differences
 from llada_train.config.schema import Config
-from llada_train.parallel.engine import MASTER, Engine, Fragment
+from llada_train.model.sizes import MASTER
+from llada_train.parallel.engine import Engine, Fragment
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def save(root: Path, engine: Engine, config: Config, progress: Progress, keep: i
 def load(checkpoint: Checkpoint, engine: Engine) -> Progress:
     """Fill the engine from a checkpoint of any layout, after checking every file; collective over all ranks."""
     verify(checkpoint)
+    if checkpoint.config.model != engine.config.model:
+        lines = differences(checkpoint.config.model, engine.config.model)
+        raise UserError("\n  ".join([f"{checkpoint.folder}: another model (stored there → given now):", *lines]))
     engine.set_weights(lambda shard: checkpoint.read_runs(shard.name, MASTER, shard.runs()))
     for fragment in engine.fragments():
         for kind, state in fragment.state.items():
@@ -95,18 +100,18 @@ def verify(checkpoint: Checkpoint) -> None:
 def _write_rank(folder: Path, engine: Engine) -> str | tuple[str, FileEntry, list[tuple[str, FragmentEntry]]]:
     """Write this rank's file: (file name, entry, fragments), or what went wrong."""
     name = f"rank-{dist.get_rank():05d}.safetensors"
-    fragments: list[Fragment] = [fragment for fragment in engine.fragments() if fragment.shard.owned]
-    tensors: dict[str, Tensor] = {
-        f"{kind}/{fragment.shard.name}": state.to("cpu", torch.float32)
-        for fragment in fragments
-        for kind, state in fragment.state.items()
-    }
     path = folder / name
     try:
+        fragments: list[Fragment] = [fragment for fragment in engine.fragments() if fragment.shard.owned]
+        tensors: dict[str, Tensor] = {
+            f"{kind}/{fragment.shard.name}": state.to("cpu", torch.float32)
+            for fragment in fragments
+            for kind, state in fragment.state.items()
+        }
         save_file(tensors, path)
         _fsync(path)
         entry = FileEntry(size=path.stat().st_size, sha256=sha256(path))
-    except Exception as error:  # safetensors reports a full disk as its own exception type; every rank must hear of it
+    except Exception as error:  # whatever it is: the other ranks wait to hear of it
         return f"{path.name}: {error}"
     return (
         name,
@@ -125,22 +130,21 @@ def _finish(
     temporary: Path, folder: Path, outcomes: list[Any], engine: Engine, config: Config, progress: Progress
 ) -> str | None:
     """Manifest, rename, `latest`; returns what went wrong."""
-    tensors: dict[str, list[FragmentEntry]] = {}
-    for _, _, fragments in outcomes:
-        for name, entry in fragments:
-            tensors.setdefault(name, []).append(entry)
-    manifest = Manifest(
-        format=FORMAT,
-        step=progress.step,
-        consumed_samples=progress.consumed_samples,
-        optimizer_steps=engine.optimizer_steps,
-        versions={package: version(package) for package in ("llada-train", "torch", "megatron-core", "deepspeed")},
-        config=config,
-        files={name: entry for name, entry, _ in outcomes},
-        tensors=tensors,
-    )
-    latest = folder.parent / f"{LATEST}.tmp"
     try:
+        tensors: dict[str, list[FragmentEntry]] = {}
+        for _, _, fragments in outcomes:
+            for name, entry in fragments:
+                tensors.setdefault(name, []).append(entry)
+        manifest = Manifest(
+            format=FORMAT,
+            step=progress.step,
+            consumed_samples=progress.consumed_samples,
+            optimizer_steps=engine.optimizer_steps,
+            versions={package: version(package) for package in ("llada-train", "torch", "megatron-core", "deepspeed")},
+            config=config,
+            files={name: entry for name, entry, _ in outcomes},
+            tensors=tensors,
+        )
         path = temporary / FILE_NAME
         path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         _fsync(path)
@@ -148,13 +152,13 @@ def _finish(
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        latest.write_text(f"{folder.name}\n", encoding="utf-8")
-        _fsync(latest)
-        latest.replace(folder.parent / LATEST)
         _fsync(folder.parent)
-    except OSError as error:
-        latest.unlink(missing_ok=True)
+    except Exception as error:  # whatever it is: the other ranks wait to hear of it
         return str(error)
+    with suppress(OSError):  # `latest` is for people and scripts; the checkpoint stands without it
+        latest = folder.parent / f"{LATEST}.tmp"
+        latest.write_text(f"{folder.name}\n", encoding="utf-8")
+        latest.replace(folder.parent / LATEST)
     return None
 
 

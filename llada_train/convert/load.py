@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from llada_train.checkpoint.reader import Checkpoint
-from llada_train.checkpoint.store import resolve
+from llada_train.checkpoint.store import is_hf_folder, resolve
 from llada_train.config.errors import UserError
 from llada_train.convert.plain import plain_model
 from llada_train.data.tokenizer import Tokenizer
@@ -18,12 +19,13 @@ def load_plain(path: Path) -> tuple[LLaDAModelLM, Tokenizer]:
     Raises:
         UserError: it is none of them, or damaged.
     """
-    if (path / "config.json").exists():
+    if is_hf_folder(path):
         disable_progress_bar()
         try:
-            return LLaDAModelLM.from_pretrained(path).eval(), Tokenizer.load(path)
-        except (OSError, ValueError) as error:
+            return LLaDAModelLM.from_pretrained(path, use_safetensors=True).eval(), Tokenizer.load(path)
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be loaded as a LLaDA: {error}") from None
     with Checkpoint(resolve(path)) as checkpoint:
+        checkpoint.verify(checkpoint.manifest.files)
         model = plain_model(checkpoint, checkpoint.config.model)
         return model, Tokenizer.load(checkpoint.config.data.tokenizer)

@@ -94,7 +94,9 @@ class TrainingLoader:
         Closing the iterator stops the thread.
         """
         starts = iter(range(consumed_samples, until_samples, self._config.training.global_batch_size))
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        # A new thread pins memory for device 0, whatever the process's device is.
+        on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
+        executor = ThreadPoolExecutor(1, "loader", *on_device)
         try:
             ready = deque(executor.submit(self.global_batch, s) for s in islice(starts, self._config.data.prefetch))
             while ready:

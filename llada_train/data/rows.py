@@ -107,6 +107,11 @@ class PretrainingData:
                 f"{manifest.tokenizer_fingerprint[:12]}, the tokenizer's is {self.tokenizer.fingerprint[:12]}); set "
                 "data.tokenizer to the folder it was made with, or tokenize again"
             )
+        if manifest is not None and manifest.eos_id != self.tokenizer.eos_id:
+            raise UserError(
+                f"{settings.path}: its documents end in token {manifest.eos_id}, but the end-of-text token of "
+                f"{config.data.tokenizer} is {self.tokenizer.eos_id}; mend tokenizer_config.json, or tokenize again"
+            )
         if held_out >= corpus.num_documents:
             raise UserError(
                 f"{settings.path}: validation_documents {held_out} leaves nothing to train on: the corpus has "

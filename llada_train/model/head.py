@@ -1,7 +1,8 @@
 """The language-model head, on masked positions only, over a vocabulary that is split across tensor-parallel ranks.
 
 The loss needs two numbers for each masked position: the log-normaliser log Σ_v exp(logit_v) and the target's logit.
-Both are computed in fp32. Shapes: K masked positions, V vocabulary rows on this rank.
+Both are computed in fp32, from logits of the model's precision. Shapes: K masked positions, V vocabulary rows on this
+rank.
 """
 
 from typing import Any
@@ -27,10 +28,9 @@ class _LogNormaliserAndTarget(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         group = parallel_state.get_tensor_model_parallel_group()
         rows = logits.shape[1]
-        scores = logits.float()
-        highest = scores.max(dim=1).values
+        highest = logits.max(dim=1).values.float()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        scores = scores - highest.unsqueeze(1)
+        scores = logits - highest.unsqueeze(1)  # fp32; from here on in place: K·V is the largest tensor of the step
         local = targets - parallel_state.get_tensor_model_parallel_rank() * rows
         here = (local >= 0) & (local < rows)
         local = local.clamp(0, rows - 1).unsqueeze(1)
@@ -47,7 +47,7 @@ class _LogNormaliserAndTarget(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         softmax, local, here = ctx.saved_tensors
         to_normaliser, to_target = gradient
-        grad = softmax * to_normaliser.unsqueeze(1)
+        grad = softmax.mul_(to_normaliser.unsqueeze(1))
         grad.scatter_add_(1, local, torch.where(here, to_target, 0.0).unsqueeze(1))
         return grad.to(ctx.dtype), None
 

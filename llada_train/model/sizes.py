@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from llada_train.config.schema import ModelConfig
 
+# The kinds of fp32 state that a run keeps of each tensor; the moments have Adam's own names.
+MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
+
 
 @dataclass(frozen=True)
 class TensorSpec:

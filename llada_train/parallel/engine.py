@@ -20,14 +20,13 @@ from torch import Tensor
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
-from llada_train.model.sizes import slice_runs
+from llada_train.model.sizes import FIRST_MOMENT, MASTER, SECOND_MOMENT, slice_runs
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import Shard, shards
 from llada_train.parallel import cpu
 from llada_train.parallel.topology import Topology
 
 T_BUCKETS = 10  # equal ranges of the mask probability over which the bound is reported
-MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from llada_train.config.errors import UserError
 from llada_train.config.schema import ParallelConfig
 
 
@@ -25,7 +27,7 @@ class Topology:
 
 
 def world_size() -> int:
-    """Processes of this run, as torchrun, SLURM's launcher or our own say; 1 when started alone."""
+    """Processes of this run, as torchrun or our own launcher say; 1 when started alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -40,8 +42,14 @@ def initialize(parallel: ParallelConfig) -> Topology:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    _complete_environment()
+    local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; "
+                "start one process for each GPU"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -49,13 +57,6 @@ def initialize(parallel: ParallelConfig) -> Topology:
 
         device = torch.device("cpu")
         cpu.prepare()
-    # Defaults for a process that was started alone, without a launcher.
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_ADDR" not in os.environ:
-        from llada_train.parallel.launch import free_port
-
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
@@ -73,6 +74,33 @@ def initialize(parallel: ParallelConfig) -> Topology:
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         device=device,
     )
+
+
+def _complete_environment() -> None:
+    """Defaults for a process that was started alone; of several, each must have been told its place."""
+    if world_size() > 1:
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set: start under torchrun or with "
+                "--processes N, or unset WORLD_SIZE to run alone"
+            )
+        return
+    from llada_train.parallel.launch import free_port
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        os.environ.setdefault(name, value)
+
+
+T = TypeVar("T")
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank; collective."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def shutdown() -> None:

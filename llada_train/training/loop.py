@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -23,13 +22,14 @@ from llada_train.training.signals import StopRequest
 class _Interval:
     """What happened since the last line of the log."""
 
-    started: float = field(default_factory=time.perf_counter)
     steps: int = 0
+    seconds: float = 0.0  # of the steps alone, without validation and checkpoints between them
     losses: Losses = field(default_factory=Losses.none)
     data_wait: float = 0.0
 
-    def add(self, losses: Losses, data_wait: float) -> None:
+    def add(self, losses: Losses, seconds: float, data_wait: float) -> None:
         self.steps += 1
+        self.seconds += seconds
         self.losses = self.losses + losses
         self.data_wait += data_wait
 
@@ -56,12 +56,14 @@ class Trainer:
         interval = _Interval()
         with closing(self.loader.iterate(self.progress.consumed_samples, config.train_samples)) as global_batches:
             while self.progress.consumed_samples < config.train_samples:
-                batches, data_wait = _timed(global_batches)
+                started = time.perf_counter()
+                batches = next(global_batches)
+                data_wait = time.perf_counter() - started
                 rate = learning_rate(config.optimizer.learning_rate, self._tokens(), self._tokens_per_step())
                 losses, gradient_norm = self.engine.train_step(batches, rate)
                 self._advance()
                 self._refuse_non_finite(losses.loss, gradient_norm)
-                interval.add(losses, data_wait)
+                interval.add(losses, time.perf_counter() - started, data_wait)
                 stopping = self.stop.agreed(self.engine.topology.device)
                 if stopping or self._due(config.logging.interval_steps):
                     self._report(interval, rate, gradient_norm)
@@ -105,8 +107,7 @@ class Trainer:
     def _report(self, interval: _Interval, rate: float, gradient_norm: float) -> None:
         if self.log is None:
             return
-        seconds = time.perf_counter() - interval.started
-        tokens_per_second = interval.steps * self._tokens_per_step() / seconds
+        tokens_per_second = interval.steps * self._tokens_per_step() / interval.seconds
         flops = flops_per_token(self.config.model, self.config.data.sequence_length)
         self.log.train(
             step=self.progress.step,
@@ -118,7 +119,7 @@ class Trainer:
             tokens_per_second=tokens_per_second,
             model_flops_per_second=tokens_per_second * flops,
             data_wait_seconds=interval.data_wait / interval.steps,
-            step_seconds=seconds / interval.steps,
+            step_seconds=interval.seconds / interval.steps,
             nelbo_by_t=interval.losses.bound_by_t(interval.steps),
         )
 
@@ -126,6 +127,7 @@ class Trainer:
         if not self.validation:
             return
         losses = self.engine.evaluate(self.validation)
+        self._refuse_non_finite(losses.loss, 0.0)
         if self.log is not None:
             self.log.validation(
                 step=self.progress.step, tokens=self._tokens(), bound=losses.loss, bound_by_t=losses.bound_by_t()
@@ -136,8 +138,3 @@ class Trainer:
             return
         save(self.run.checkpoints, self.engine, self.config, self.progress, self.config.checkpoint.keep)
         self.saved_step = self.progress.step
-
-
-def _timed(batches: Iterator[list[Batch]]) -> tuple[list[Batch], float]:
-    started = time.perf_counter()
-    return next(batches), time.perf_counter() - started

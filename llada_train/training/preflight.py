@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llada_train.checkpoint.manifest import read_manifest
-from llada_train.checkpoint.store import resolve
+from llada_train.checkpoint.store import is_hf_folder, resolve
 from llada_train.config.errors import UserError
 from llada_train.config.load import differences, load_config
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.rows import PretrainingData
+from llada_train.training.metrics import read_metrics
 from llada_train.training.run_folder import RunFolder
 
 
@@ -30,14 +31,10 @@ def open_inputs(config_file: Path, overrides: Sequence[str], world_size: int) ->
     """
     config = load_config(config_file, overrides, world_size)
     inputs = Inputs(config, PretrainingData(config), RunFolder(config))
+    read_metrics(config.run_dir)
     if config.init_from is not None and inputs.run.resume_from is None and not is_hf_folder(config.init_from):
         _check_checkpoint(config.init_from, config.model)
     return inputs
-
-
-def is_hf_folder(path: Path) -> bool:
-    """A Hugging Face folder has a config.json; a checkpoint or a run folder has not."""
-    return (path / "config.json").exists()
 
 
 def _check_checkpoint(path: Path, model: ModelConfig) -> None:

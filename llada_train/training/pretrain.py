@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llada_train.checkpoint.reader import Checkpoint
-from llada_train.checkpoint.store import checkpoints, resolve
+from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
 from llada_train.checkpoint.writer import Progress, load, verify
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.convert.from_hf import HfWeights
@@ -17,28 +17,31 @@ from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plot_curves
-from llada_train.training.preflight import is_hf_folder, open_inputs
-from llada_train.training.run_folder import RunFolder
+from llada_train.training.preflight import open_inputs
 from llada_train.training.signals import StopRequest
 
 
-def pretrain(config_file: Path, overrides: Sequence[str]) -> int:
+def pretrain(config_file: Path, overrides: Sequence[str], stop: StopRequest) -> int:
     """Train on this process (one of WORLD_SIZE); returns the exit code: 0 complete, 75 stopped by a signal.
+
+    `stop` was made before anything heavy was imported, so that no signal is missed.
 
     Raises:
         UserError: config, data, tokenizer, run folder or checkpoint are at fault.
     """
-    stop = StopRequest()
     inputs = open_inputs(config_file, overrides, topology.world_size())
     config, data, run = inputs.config, inputs.data, inputs.run
     if topology.rank() == 0:
         run.prepare()
+        run.lock()
     here = topology.initialize(config.parallel)
     try:
         engine = Engine(config, here)
-        progress = _restore(config, engine, run)
-        if here.is_main and run.resume_from is not None:
-            print(f"resuming from {run.resume_from} at step {progress.step:,}")
+        # Rank 0's choice: file systems show a new folder to some nodes before others.
+        resume_from = topology.broadcast(run.resume_from)
+        progress = _restore(config, engine, resume_from)
+        if here.is_main and resume_from is not None:
+            print(f"resuming from {resume_from} at step {progress.step:,}")
         log = MetricsLog(run.path, progress.step, config) if here.is_main else None
         trainer = Trainer(
             config=config,
@@ -64,10 +67,10 @@ def pretrain(config_file: Path, overrides: Sequence[str]) -> int:
     return 0 if complete else STOPPED_EXIT_CODE
 
 
-def _restore(config: Config, engine: Engine, run: RunFolder) -> Progress:
+def _restore(config: Config, engine: Engine, resume_from: Path | None) -> Progress:
     """The newest checkpoint of this run; else the weights that `init_from` names; else LLaDA's initialisation."""
-    if run.resume_from is not None:
-        with Checkpoint(run.resume_from) as checkpoint:
+    if resume_from is not None:
+        with Checkpoint(resume_from) as checkpoint:
             return load(checkpoint, engine)
     if config.init_from is not None:
         with _weights(config.init_from, config.model) as weights:

@@ -1,15 +1,19 @@
 """The run folder: one run's config, logs and checkpoints, and the check that it is this run's."""
 
+import fcntl
+
+from llada_train.checkpoint.manifest import read_manifest
 from llada_train.checkpoint.store import FOLDER, checkpoints
 from llada_train.config.errors import UserError
-from llada_train.config.load import differences, load_config, save_config
+from llada_train.config.load import differences, save_config
 from llada_train.config.schema import Config
 
 CONFIG_FILE = "config.yaml"
 
-# A run's numbers do not depend on these; everything else must stay as the run began.
+# What a run has done so far does not depend on these; everything else must stay as the run began. The learning rate to
+# come is the user's: LLaDA's authors lowered it at a checkpoint when the loss was not finite (paper §2.2).
 _FREE = ("run_dir", "resume", "init_from", "training.micro_batch_size", "data.prefetch")
-_FREE_SECTIONS = ("parallel.", "checkpoint.", "validation.", "logging.")
+_FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "checkpoint.", "validation.", "logging.")
 
 
 class RunFolder:
@@ -30,8 +34,9 @@ class RunFolder:
                 f"{self.path}: holds a run already (newest checkpoint: {self.resume_from.name}) and resume is 'never'; "
                 "give another run_dir, or resume=auto to go on with it"
             )
-        if self.resume_from is not None and self._stored.exists():
-            changed = [line for line in differences(load_config(self._stored), config) if not _free(line)]
+        if self.resume_from is not None:
+            stored = read_manifest(self.resume_from).config
+            changed = [line for line in differences(stored, config) if not _free(line)]
             if changed:
                 raise UserError(
                     "\n  ".join(
@@ -55,6 +60,20 @@ class RunFolder:
             raise UserError(
                 f"run_dir {self.path}: cannot be written: {error.strerror or error}; "
                 "give a folder that this user may write to (run_dir=…)"
+            ) from None
+
+    def lock(self) -> None:
+        """Keep other runs out of the folder for the life of this process; on one process.
+
+        Raises:
+            UserError: another run is at work in it.
+        """
+        self._lock = (self.path / "lock").open("w")  # the system lets go of it when the process ends, however it ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"run_dir {self.path}: another run is at work in it; wait for it to end, or give another run_dir"
             ) from None
 
 

@@ -1,10 +1,14 @@
-"""SIGTERM and SIGUSR1 ask a run to stop after the step in hand; all ranks agree on which step that is."""
+"""SIGTERM and SIGUSR1 ask a run to stop after the step in hand; all ranks agree on which step that is.
+
+Imports no torch, so that the first thing that a process does can be to listen.
+"""
 
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -25,8 +29,11 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def agreed(self, device: torch.device) -> bool:
+    def agreed(self, device: "torch.device") -> bool:
         """Collective: has any rank been asked to stop? Signals reach ranks at different steps; the answer is one."""
+        import torch
+        import torch.distributed as dist
+
         flag = torch.tensor(int(self._received), device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

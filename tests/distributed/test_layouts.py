@@ -77,13 +77,13 @@ def test_layout_ends_with_the_weights_of_one_process(matrix: tuple[str, Path, Pa
     assert deviation**0.5 <= WEIGHT_TOLERANCE[precision] * moved**0.5
 
 
-def test_data_parallel_gradients_are_summed_in_fp32(matrix: tuple[str, Path, Path]) -> None:
+@pytest.mark.parametrize("name", ["dp4", "dp4-zero2"])
+def test_data_parallel_gradients_are_summed_in_fp32(matrix: tuple[str, Path, Path], name: str) -> None:
     """Same micro-batches, other ranks: only the order of fp32 sums differs. Gradients rounded to bf16 on the wire, or
     added up in bf16, move the norm by more."""
-    precision, _, output = matrix
-    if precision == "bf16":
-        first, reference = result(output, "dp4")["norms"][0], result(output, "one")["norms"][0]
-        assert first == pytest.approx(reference, rel=1e-6)
+    _, _, output = matrix
+    first, reference = result(output, name)["norms"][0], result(output, "one")["norms"][0]
+    assert first == pytest.approx(reference, rel=1e-6)
 
 
 def test_the_same_layout_is_repeated_bit_for_bit(

@@ -106,7 +106,7 @@ def test_the_bound_reaches_the_entropy_of_a_markov_source_and_never_passes_it(
         data__corpora=[{"path": str(tmp_path / "corpus"), "validation_documents": HELD_OUT_ROWS}],
         validation__sequences=HELD_OUT_ROWS,
         training__micro_batch_size=128,
-        **training(ROW, batch=128, steps=700, learning_rate=1e-2),
+        **training(ROW, batch=128, steps=600, learning_rate=3e-3),
     )
     trained = run_command("llada_train.cli", "pretrain", config)
     assert trained.returncode == 0, trained.stderr

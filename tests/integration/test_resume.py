@@ -14,7 +14,10 @@ from conftest import write_config
 
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import FOLDER, LATEST, checkpoints
+from llada_train.config.errors import UserError
+from llada_train.config.load import load_config
 from llada_train.training.metrics import read_metrics
+from llada_train.training.run_folder import RunFolder
 
 STEPS = 20
 TOKENS_PER_STEP = 16 * 32
@@ -131,3 +134,32 @@ def test_checkpoint_of_four_processes_goes_on_in_other_layouts(tiny_data: Path, 
         for record, reference in zip(found, expected, strict=True):
             for key in record.keys() & {"loss", "grad_norm", "bound"}:
                 assert record[key] == pytest.approx(reference[key], rel=1e-5), (processes, record["step"], key)
+
+
+def copy_of(straight: Path, folder: Path, data: Path, **settings: Any) -> Path:
+    """The finished run, to be gone on with under other settings."""
+    config = new_run(data, folder, **settings)
+    shutil.copytree(straight.parent / "run", folder / "run")
+    return config
+
+
+def test_the_learning_rate_to_come_may_be_changed(tiny_data: Path, tmp_path: Path, straight: Path) -> None:
+    """A finished run is made longer; what the paper's authors did at 1.2T tokens needs no more."""
+    config = copy_of(straight, tmp_path / "longer", tiny_data)
+    longer = [*PHASES, {"until_tokens": (STEPS + 2) * TOKENS_PER_STEP, "start": 1e-4, "end": 1e-4}]
+    write_config(tiny_data, config.parent, optimizer__learning_rate=longer)
+    finish(config, 1)
+    last = [record for record in numbers(config) if record["kind"] == "train"][-2:]
+    assert [(r["step"], r["consumed_samples"], r["learning_rate"]) for r in last] == [
+        (STEPS + 1, 16 * (STEPS + 1), 1e-4),
+        (STEPS + 2, 16 * (STEPS + 2), 1e-4),
+    ]
+
+
+def test_another_model_is_refused_whatever_else_is_left_in_the_folder(
+    tiny_data: Path, tmp_path: Path, straight: Path
+) -> None:
+    config = copy_of(straight, tmp_path / "other", tiny_data, model__num_layers=2)
+    (config.parent / "run" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"another config.*\n  model.num_layers: 4 → 2"):
+        RunFolder(load_config(config))
