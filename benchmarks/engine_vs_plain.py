@@ -168,7 +168,7 @@ def table(runs: dict[tuple[str, str], list[dict[str, Any]]], config: Config) -> 
     """A Markdown table: medians over the processes of each side, and the engine's ratio to the plain loop."""
     tokens = config.training.global_batch_size * config.data.sequence_length
     lines = [
-        "| precision | side | s per step | CPU s per step | ÷ plain | tokens/s | peak memory, MiB |",
+        "| precision | side | s per step | CPU s per step | CPU ÷ plain | tokens/s | peak memory, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for (precision, side), measured in runs.items():
