@@ -116,3 +116,7 @@ def main() -> None:
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without permission
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

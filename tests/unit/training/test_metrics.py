@@ -1,5 +1,6 @@
 import io
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_every_sink_has_every_interval(tmp_path: Path, config: Config) -> None:
     assert "\x1b" not in told.getvalue()  # plain text where there is no terminal
     assert "2.5000" in lines[0]
     left = (config.train_samples * config.data.sequence_length - 8192) / 4096
-    assert f"0:0{left // 60:.0f}:{left % 60:02.0f} left" in lines[0]
+    assert f"{timedelta(seconds=round(left))} left" in lines[0]
 
 
 def test_resuming_drops_what_comes_again(tmp_path: Path, config: Config) -> None:
