@@ -83,7 +83,8 @@ def main() -> None:
     filled = run("llada-train", "sample", HF, "--infill", masked, show=f"--infill '… {masks} masks …'")
     console.print(f"[dim]{escape(before)}[/][bold yellow]{escape(hidden)}[/][dim]{escape(after)}[/]")
     console.rule("filled in by the model", style="dim")
-    console.print(f"[dim]{escape(before)}[/][bold green]{escape(filled[len(before) : len(filled) - len(after)])}[/]")
+    found = filled[len(before) : len(filled) - len(after)]
+    console.print(f"[dim]{escape(before)}[/][bold green]{escape(found)}[/][dim]{escape(after)}[/]")
 
     step("Measure it on the held-out documents")
     report = json.loads(run("llada-train", "evaluate", RUN, "--json"))
