@@ -1,7 +1,9 @@
 """megatron-core's LLaDA against the plain one, which the reference outputs fix."""
 
 import math
+import os
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -22,10 +24,11 @@ B, S = 2, 12
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    topology.quiet_engines()
-    topology.initialize(ParallelConfig())
-    yield
-    topology.shutdown()
+    with mock.patch.dict(os.environ):  # processes that later tests start must not take this one's place
+        topology.quiet_engines()
+        topology.initialize(ParallelConfig())
+        yield
+        topology.shutdown()
 
 
 class _Initial:
