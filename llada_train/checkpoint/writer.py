@@ -20,7 +20,8 @@ from llada_train.config.errors import UserError
 from llada_train.config.load import differences
 from llada_train.config.schema import Config
 from llada_train.model.sizes import MASTER
-from llada_train.parallel.engine import Engine, Fragment
+from llada_train.parallel.engine import Engine
+from llada_train.parallel.zero import Fragment
 
 
 @dataclass(frozen=True)

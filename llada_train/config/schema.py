@@ -4,6 +4,7 @@ Sizes are in tokens, sequences or steps as their names say. Times on the learnin
 tokens: consumed samples × sequence_length (a cut row counts as a full one).
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -136,20 +137,41 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="of weights and activations; master weights, gradients and moments are fp32"
     )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="activations computed again in backward instead of kept; selective: what lies between matrix "
+        "multiplications (norms, SwiGLU); full: whole layers",
+    )
 
 
 class ParallelConfig(Section):
     tensor_parallel: PositiveInt = 1
     pipeline_parallel: PositiveInt = 1
-    sequence_parallel: bool = False
-    zero_stage: Literal[1, 2] = Field(
-        default=1, description="DeepSpeed ZeRO over data parallelism: 1 splits the optimizer state, 2 gradients too"
+    virtual_pipeline_parallel: PositiveInt = Field(
+        default=1, description="model chunks on each pipeline rank; more than 1: the interleaved schedule"
+    )
+    context_parallel: PositiveInt = Field(default=1, description="processes that share the columns of each row")
+    sequence_parallel: bool = Field(default=False, description="tensor parallelism splits norms along the sequence too")
+    zero_stage: Literal[1, 2, 3] = Field(
+        default=1,
+        description="DeepSpeed ZeRO over data and context parallelism: 1 splits the optimizer state, 2 gradients too, "
+        "3 weights too",
     )
 
     @property
-    def model_parallel(self) -> int:
-        """Processes that hold one copy of the model."""
-        return self.tensor_parallel * self.pipeline_parallel
+    def processes_per_row(self) -> int:
+        """Processes that work on one row together; data parallelism multiplies them."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def stages(self) -> int:
+        """Pieces that the layers are split into, one after the other."""
+        return self.pipeline_parallel * self.virtual_pipeline_parallel
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The schedule takes micro-batches in groups of so many (megatron-core's interleaved one: of one per stage)."""
+        return self.pipeline_parallel if self.virtual_pipeline_parallel > 1 else 1
 
 
 class CheckpointConfig(Section):
@@ -195,20 +217,32 @@ class Config(Section):
 
 def cross_section_problems(config: Config) -> list[tuple[str, str]]:
     """Faults that only two sections together show: (key, message)."""
-    model, parallel, found = config.model, config.parallel, []
-    tp, pp = parallel.tensor_parallel, parallel.pipeline_parallel
+    model, parallel, training = config.model, config.parallel, config.training
+    tp, pp, cp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
+    length, found = config.data.sequence_length, []
 
     def check(ok: bool, key: str, message: str) -> None:
         if not ok:
             found.append((key, message))
 
-    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "padded_vocab_size"):
-        size = getattr(model, name)
-        check(size % tp == 0, "parallel.tensor_parallel", f"model.{name} {size} is not divisible by {tp}")
+    cut = ("num_heads", "num_kv_heads", "ffn_hidden_size", "padded_vocab_size")
+    sizes = {name: getattr(model, name) for name in cut}
+    for name, size in sizes.items():
+        check(
+            size % tp == 0,
+            "parallel.tensor_parallel",
+            f"model.{name} {size} is not divisible by {tp}; it can be {_divisors(math.gcd(*sizes.values()))}",
+        )
     check(
-        model.num_layers % pp == 0,
+        parallel.virtual_pipeline_parallel == 1 or pp > 1,
+        "parallel.virtual_pipeline_parallel",
+        "interleaves the chunks of several pipeline ranks, but pipeline_parallel is 1; raise it or set this to 1",
+    )
+    check(
+        parallel.stages <= model.num_layers,
         "parallel.pipeline_parallel",
-        f"model.num_layers {model.num_layers} is not divisible by {pp}",
+        f"{pp} × virtual_pipeline_parallel {parallel.virtual_pipeline_parallel} = {parallel.stages} stages, but the "
+        f"model has {model.num_layers} layers; lower one of the two",
     )
     check(
         not parallel.sequence_parallel or tp > 1,
@@ -221,11 +255,17 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
         f"{parallel.zero_stage} splits gradients that pipeline stages still add to; with pipeline_parallel {pp} use "
         "zero_stage 1, or set pipeline_parallel to 1",
     )
-    length = config.data.sequence_length
+    split_evenly = length % cp == 0
     check(
-        not parallel.sequence_parallel or length % tp == 0,
+        split_evenly,
+        "parallel.context_parallel",
+        f"data.sequence_length {length} is not divisible by {cp}; lower this, or make the length a multiple of it",
+    )
+    check(
+        not parallel.sequence_parallel or not split_evenly or length // cp % tp == 0,
         "parallel.sequence_parallel",
-        f"data.sequence_length {length} is not divisible by tensor_parallel {tp}",
+        f"data.sequence_length {length}{f' ÷ context_parallel {cp}' if cp > 1 else ''} is not divisible by "
+        f"tensor_parallel {tp}; make the length a multiple of {cp * tp}, or set this to false",
     )
     check(
         length <= model.max_sequence_length,
@@ -233,10 +273,9 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
         f"{length} is more than model.max_sequence_length {model.max_sequence_length}",
     )
     check(
-        config.training.global_batch_size % config.training.micro_batch_size == 0,
+        training.global_batch_size % training.micro_batch_size == 0,
         "training.global_batch_size",
-        f"{config.training.global_batch_size} is not divisible by training.micro_batch_size "
-        f"{config.training.micro_batch_size}",
+        f"{training.global_batch_size} is not divisible by training.micro_batch_size {training.micro_batch_size}",
     )
     return found
 
@@ -244,26 +283,38 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
 def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
     """Faults of the layout on `world_size` processes, with the sum done: (key, message)."""
     parallel, training = config.parallel, config.training
-    tp, pp, per_copy = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.model_parallel
-    if world_size % per_copy:
-        fitting = world_size // per_copy * per_copy or per_copy
+    together = parallel.processes_per_row
+    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+    product = " × ".join(f"{name} {getattr(parallel, name)}" for name in sizes if getattr(parallel, name) > 1)
+    if world_size % together:
+        fitting = world_size // together * together or together
         return [
             (
                 "parallel",
-                f"tensor_parallel {tp} × pipeline_parallel {pp} = {per_copy} processes per model copy, "
-                f"but {world_size} were started; start a multiple of {per_copy} (for example {fitting})",
+                f"{product} = {together} processes work on a row together, but {world_size} were started; "
+                f"start a multiple of {together} (for example {fitting})",
             )
         ]
-    data_parallel = world_size // per_copy
-    rows = training.micro_batch_size * data_parallel
+    data_parallel = world_size // together
+    rows = training.micro_batch_size * data_parallel * parallel.micro_batch_multiple
     if training.global_batch_size % rows:
         fitting = -(-training.global_batch_size // rows) * rows
+        interleaved = (
+            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many micro-batches "
+            "at a time)"
+            if parallel.micro_batch_multiple > 1
+            else ""
+        )
         return [
             (
                 "training.global_batch_size",
                 f"{training.global_batch_size} is not a multiple of micro_batch_size {training.micro_batch_size} × "
-                f"data-parallel {data_parallel} ({world_size} processes ÷ {per_copy}) = {rows}; "
+                f"data-parallel {data_parallel} ({world_size} processes ÷ {together}){interleaved} = {rows}; "
                 f"the next larger one is {fitting}",
             )
         ]
     return []
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)

@@ -11,13 +11,15 @@ from torch import Tensor
 class Batch:
     """One micro-batch of B rows and S columns with K masked positions (padding included).
 
-    K is at least 1 and a multiple of 256; the padding repeats position 0 with weight 0. All of it is made on the host,
-    so that the device never has to be asked how many positions are masked.
+    Under context parallelism S counts the columns of this rank's slice, and attention reads the keys of whole rows, of
+    S' = S × ranks columns; without it S' = S. K is at least 1 and a multiple of 256; the padding repeats position 0 with
+    weight 0. All of it is made on the host, so that the device never has to be asked how many positions are masked.
     """
 
     input_ids: Tensor  # [B, S] int64, noised
     position_ids: Tensor  # [B, S] int64
-    cu_seqlens: Tensor | None  # [segments + 1] int32 over the B·S flattened tokens; None: every row is one segment
+    cu_seqlens_q: Tensor | None  # [segments + 1] int32 over the B·S flattened tokens; None: every row is one segment
+    cu_seqlens_kv: Tensor | None  # [segments + 1] int32 over the B·S' flattened tokens of whole rows
     masked_positions: Tensor  # [K] int64, indexes into the B·S flattened tokens
     targets: Tensor  # [K] int64
     loss_weight: Tensor  # [K] fp32, already normalised over the global batch

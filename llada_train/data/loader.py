@@ -29,25 +29,48 @@ class Row:
     loss_weight: float  # of each masked token
 
 
-def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int) -> Batch:
-    """B rows → a Batch of S = `sequence_length` columns, shorter rows padded at the end.
+@dataclass(frozen=True)
+class Place:
+    """What one process reads of a global batch: one of equal blocks of its rows, one of equal slices of their columns."""
+
+    data_parallel_rank: int = 0
+    data_parallel_size: int = 1
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+
+
+ALONE = Place()
+
+
+def collate(
+    rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int, place: Place = ALONE
+) -> Batch:
+    """B rows, padded at the end to `sequence_length` → a Batch of this place's S columns of them.
 
     A row's padding is a segment of its own: no token attends to it and no loss reads it.
     """
-    B, S = len(rows), sequence_length
-    clean = np.full((B, S), padding_id, np.int64)
-    mask = np.zeros((B, S), bool)
+    B, S = len(rows), sequence_length // place.context_parallel_size
+    first = place.context_parallel_rank * S
+    clean = np.full((B, sequence_length), padding_id, np.int64)
+    mask = np.zeros((B, sequence_length), bool)
     for b, row in enumerate(rows):
         clean[b, : len(row.tokens)] = row.tokens
         mask[b, : len(row.tokens)] = row.mask
+    clean, mask = clean[:, first : first + S], mask[:, first : first + S]
 
     positions = np.flatnonzero(mask)
     weight = np.array([row.loss_weight for row in rows])[positions // S]
     fill = max(1, -(-len(positions) // MASKED_MULTIPLE)) * MASKED_MULTIPLE - len(positions)
+    cu_seqlens_kv = _segments(np.array([len(row.tokens) for row in rows]), sequence_length)
+    cu_seqlens_q = None
+    if cu_seqlens_kv is not None:  # the same borders, as far as they fall into these columns
+        row_number, column = np.divmod(cu_seqlens_kv, sequence_length)
+        cu_seqlens_q = (row_number * S + np.clip(column - first, 0, S)).astype(np.int32)
     return Batch(
         input_ids=torch.from_numpy(np.where(mask, mask_id, clean)),
-        position_ids=torch.arange(S).repeat(B, 1),
-        cu_seqlens=_segments(np.array([len(row.tokens) for row in rows]), S),
+        position_ids=torch.arange(first, first + S).repeat(B, 1),
+        cu_seqlens_q=None if cu_seqlens_q is None else torch.from_numpy(cu_seqlens_q),
+        cu_seqlens_kv=None if cu_seqlens_kv is None else torch.from_numpy(cu_seqlens_kv),
         masked_positions=torch.from_numpy(np.pad(positions, (0, fill))),
         targets=torch.from_numpy(np.pad(clean.ravel()[positions], (0, fill))),
         loss_weight=torch.from_numpy(np.pad(weight, (0, fill)).astype(np.float32)),
@@ -56,23 +79,28 @@ def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id:
     )
 
 
-def _segments(lengths: np.ndarray, sequence_length: int) -> torch.Tensor | None:
+def _segments(lengths: np.ndarray, sequence_length: int) -> np.ndarray | None:
     """Borders of the segments in the flattened rows: each row's end, and its length where it is cut: int32."""
     if np.all(lengths == sequence_length):
         return None
     starts = np.arange(len(lengths)) * sequence_length
     borders = np.unique(np.concatenate([starts, starts + lengths, [len(lengths) * sequence_length]]))
-    return torch.from_numpy(borders.astype(np.int32))
+    return borders.astype(np.int32)
 
 
 class TrainingLoader:
-    """This data-parallel rank's part of each global batch: a contiguous block of its rows, in micro-batches."""
+    """This process's part of each global batch: a contiguous block of its rows, in micro-batches."""
 
-    def __init__(self, data: PretrainingData, config: Config, data_parallel_rank: int, data_parallel_size: int) -> None:
+    def __init__(self, data: PretrainingData, config: Config, place: Place = ALONE) -> None:
         self._data = data
         self._config = config
-        self._rank = data_parallel_rank
-        self._rows_per_rank = config.training.global_batch_size // data_parallel_size
+        self._place = place
+        rows = config.training.global_batch_size // place.data_parallel_size
+        self._block = range(place.data_parallel_rank * rows, (place.data_parallel_rank + 1) * rows)
+
+    def samples(self, first_sample: int) -> range:
+        """The places in the run's order of the rows that this process reads of the global batch at `first_sample`."""
+        return range(first_sample + self._block.start, first_sample + self._block.stop)
 
     def global_batch(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that starts at `first_sample`.
@@ -81,11 +109,11 @@ class TrainingLoader:
         tokens and masks only of this rank's rows.
         """
         config, data = self._config, self._data
-        size, block = config.training.global_batch_size, self._rows_per_rank
+        size = config.training.global_batch_size
         noise = training_noise(config.seed, first_sample, size, data.sequence_length, config.objective)
-        indices = range(self._rank * block, (self._rank + 1) * block)
-        tokens = data.training_rows(first_sample + np.array(indices))
-        return _micro_batches([_row(t, noise, i) for t, i in zip(tokens, indices, strict=True)], data, config)
+        tokens = data.training_rows(self.samples(first_sample))
+        rows = [_row(t, noise, i) for t, i in zip(tokens, self._block, strict=True)]
+        return _micro_batches(rows, data, config, self._place)
 
     def iterate(self, consumed_samples: int, until_samples: int) -> Generator[list[Batch], None, None]:
         """The global batches that start at consumed_samples, consumed_samples + N, … before until_samples.
@@ -107,28 +135,26 @@ class TrainingLoader:
             executor.shutdown(cancel_futures=True)
 
 
-def validation_batches(
-    data: PretrainingData, config: Config, data_parallel_rank: int, data_parallel_size: int
-) -> list[Batch]:
-    """This rank's micro-batches of the validation rows, the same noise every time; empty where nothing is held out.
+def validation_batches(data: PretrainingData, config: Config, place: Place = ALONE) -> list[Batch]:
+    """This process's micro-batches of the validation rows, the same noise every time; empty where nothing is held out.
 
     Rows without masks (sample_index -1) fill up, so that every rank has the same number of batches of the same shape.
     Over all ranks, Σ weight · NLL estimates the bound in nats per token.
     """
     tokens = data.validation_rows
-    rows_per_rank = -(-len(tokens) // (data_parallel_size * config.training.micro_batch_size))
-    rows_per_rank *= config.training.micro_batch_size
+    multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
+    rows_per_rank = -(-len(tokens) // (place.data_parallel_size * multiple)) * multiple
     noise = validation_noise(config.seed, len(tokens), data.sequence_length, config.objective.epsilon)
     filler = np.full(data.sequence_length, data.tokenizer.eos_id)
     no_mask = np.zeros(data.sequence_length, bool)
-    indices = range(data_parallel_rank * rows_per_rank, (data_parallel_rank + 1) * rows_per_rank)
+    indices = range(place.data_parallel_rank * rows_per_rank, (place.data_parallel_rank + 1) * rows_per_rank)
     rows = [
         _row(tokens[i], noise, i)
         if i < len(tokens)
         else Row(FILLER, filler, no_mask, mask_probability=1, loss_weight=0)
         for i in indices
     ]
-    return _micro_batches(rows, data, config)
+    return _micro_batches(rows, data, config, place)
 
 
 def _row(tokens: np.ndarray, noise: Noise, i: int) -> Row:
@@ -141,10 +167,10 @@ def _row(tokens: np.ndarray, noise: Noise, i: int) -> Row:
     )
 
 
-def _micro_batches(rows: list[Row], data: PretrainingData, config: Config) -> list[Batch]:
+def _micro_batches(rows: list[Row], data: PretrainingData, config: Config, place: Place) -> list[Batch]:
     size, tokenizer = config.training.micro_batch_size, data.tokenizer
     batches = [
-        collate(rows[i : i + size], data.sequence_length, tokenizer.mask_id, tokenizer.eos_id)
+        collate(rows[i : i + size], data.sequence_length, tokenizer.mask_id, tokenizer.eos_id, place)
         for i in range(0, len(rows), size)
     ]
     return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches

@@ -1,6 +1,9 @@
 """Bidirectional attention and rotary embeddings, in the slot that megatron-core calls `core_attention`.
 
-Shapes: S positions, B rows, N query heads and G key-value heads on this rank, D head size.
+Under context parallelism each rank has the queries, keys and values of its own columns and gathers the others' keys and
+values: with no causal mask, equal slices are equal work.
+
+Shapes: S positions, B rows, N query heads and G key-value heads on this rank, D head size; S' positions of whole rows.
 """
 
 from dataclasses import dataclass
@@ -9,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -26,7 +31,7 @@ class AttentionInputs(PackedSeqParams):
     qkv_format: str = "sbhd"
     cos: Tensor | None = None  # [S, B, 1, D] fp32
     sin: Tensor | None = None  # [S, B, 1, D] fp32
-    cu_seqlens: Tensor | None = None  # [segments + 1] over the B·S flattened tokens; None: every row is one segment
+    # cu_seqlens_q and cu_seqlens_kv (inherited) are the Batch's; None: every row is one segment.
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -56,37 +61,55 @@ class BidirectionalAttention(torch.nn.Module):
         inputs = packed_seq_params
         assert inputs.cos is not None and inputs.sin is not None
         q = rotate(query, inputs.cos, inputs.sin)
-        k = rotate(key, inputs.cos, inputs.sin)
+        k, v = _of_whole_rows(rotate(key, inputs.cos, inputs.sin), value)
+        segments = inputs.cu_seqlens_q, inputs.cu_seqlens_kv
         if flash_attn_varlen_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
-            out = _flash(q, k, value, inputs.cu_seqlens)
-        elif inputs.cu_seqlens is None:
-            out = _sdpa(*(x.permute(1, 2, 0, 3) for x in (q, k, value))).permute(2, 0, 1, 3)
+            out = _flash(q, k, v, *segments)
+        elif inputs.cu_seqlens_q is None:
+            out = _sdpa(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
         else:
-            out = _sdpa_by_segment(q, k, value, inputs.cu_seqlens)
+            out = _sdpa_by_segment(q, k, v, *segments)
         return out.reshape(*out.shape[:2], -1)
+
+
+def _of_whole_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [S, B, G, D] of this rank's columns → [S', B, G, D] of all; backward sums each one's gradients."""
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return key, value
+    both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
+    k, v = both.chunk(2, dim=-1)
+    return k, v
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """One call for each run of segments of equal length, such as uncut rows: cheaper than a masked call over all."""
+def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> Tensor:
+    """One call for each run of segments of equal lengths, such as uncut rows: cheaper than a masked call over all."""
     S, B = q.shape[:2]
-    tokens = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
-    pieces, start = [], 0
-    for length, segments in groupby(cu_seqlens.diff().tolist()):
-        stop = start + length * len(list(segments))
-        out = _sdpa(*(x[start:stop].unflatten(0, (-1, length)).transpose(1, 2) for x in tokens))
-        pieces.append(out.transpose(1, 2).flatten(0, 1))
-        start = stop
+    queries, keys, values = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
+    pieces, q_start, kv_start = [], 0, 0
+    for (q_length, kv_length), run in groupby(zip(*(c.diff().tolist() for c in (cu_seqlens_q, cu_seqlens_kv)))):
+        count = len(list(run))
+        q_stop, kv_stop = q_start + q_length * count, kv_start + kv_length * count
+        if q_length:
+            out = _sdpa(
+                queries[q_start:q_stop].unflatten(0, (count, q_length)).transpose(1, 2),
+                keys[kv_start:kv_stop].unflatten(0, (count, kv_length)).transpose(1, 2),
+                values[kv_start:kv_stop].unflatten(0, (count, kv_length)).transpose(1, 2),
+            )
+            pieces.append(out.transpose(1, 2).flatten(0, 1))
+        q_start, kv_start = q_stop, kv_stop
     return torch.cat(pieces).reshape(B, S, *q.shape[2:]).transpose(0, 1)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    S, B = q.shape[:2]
-    if cu_seqlens is None:
-        cu_seqlens = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=q.device)
-    rows = [x.transpose(0, 1).reshape(B * S, *x.shape[2:]) for x in (q, k, v)]
-    out = flash_attn_varlen_func(*rows, cu_seqlens, cu_seqlens, S, S, causal=False)
+def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None) -> Tensor:
+    (S, B), whole = q.shape[:2], k.shape[0]
+    if cu_seqlens_q is None or cu_seqlens_kv is None:
+        rows = torch.arange(B + 1, dtype=torch.int32, device=q.device)
+        cu_seqlens_q, cu_seqlens_kv = rows * S, rows * whole
+    tokens = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
+    out = flash_attn_varlen_func(*tokens, cu_seqlens_q, cu_seqlens_kv, S, whole, causal=False)
     return out.reshape(B, S, *q.shape[2:]).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""One pipeline stage of a LLaDA transformer, composed of megatron-core's blocks."""
+"""The stages of a LLaDA transformer that one process holds, composed of megatron-core's blocks."""
 
 from typing import Any
 
@@ -6,30 +6,48 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.batch import Batch
 from llada_train.model.attention import AttentionInputs, BidirectionalAttention, rotary_tables
 from llada_train.model.head import MaskedHead
+from llada_train.model.layer import GatedMLP, TransformerLayer
 from llada_train.model.norm import RMSNorm
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": []},  # what it means is in our own layer
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _stages(num_layers: int, stages: int) -> list[list[str]]:
+    """What each stage holds, in the order of the forward pass; the last, with the head, never has more layers."""
+    layers = [["decoder"] * (num_layers // stages + (i < num_layers % stages)) for i in range(stages)]
+    return [["embedding", *layers[0]], *layers[1:-1], [*layers[-1], "loss"]]
 
 
 def transformer_config(config: Config, use_cpu: bool) -> TransformerConfig:
     """megatron-core's view of the config."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.training.precision]
+    interleaved = parallel.virtual_pipeline_parallel > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -45,7 +63,14 @@ def transformer_config(config: Config, use_cpu: bool) -> TransformerConfig:
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
+        pipeline_model_parallel_layout=_stages(model.num_layers, parallel.stages) if parallel.stages > 1 else None,
+        # Batched, the messages of the interleaved schedule are mixed up between two ranks that are each other's
+        # predecessor and successor.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        context_parallel_size=parallel.context_parallel,
         sequence_parallel=parallel.sequence_parallel,
+        **_RECOMPUTE[config.training.recompute],
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -71,27 +96,27 @@ def _layer_spec() -> ModuleSpec:
                     linear_proj=RowParallelLinear,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=GatedMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
             ),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-class LLaDATransformer(MegatronModule):
-    """The stage of this pipeline rank: embedding on the first, head on the last, a slice of the layers on each.
+class Stage(MegatronModule):
+    """One stage: embedding on the first, head on the last, some of the layers on each.
 
     Weights are allocated, not initialised; llada_train.model.weights fills them.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
+        self.vp_stage = vp_stage  # which of this process's stages; None: its only one
         self.head_dim, self.rope_theta = model.head_dim, model.rope_theta
-        first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         if first:
             self.embedding = VocabParallelEmbedding(
                 model.padded_vocab_size,
@@ -100,12 +125,13 @@ class LLaDATransformer(MegatronModule):
                 reduce_scatter_embeddings=config.sequence_parallel,
                 config=config,
             )
-        layers = model.num_layers // config.pipeline_model_parallel_size
+        layers = get_num_layers_to_build(config, vp_stage)
         self.decoder = TransformerBlock(
             config,
             TransformerBlockSubmodules(layer_specs=[_layer_spec()] * layers, layer_norm=RMSNorm),
             pre_process=first,
             post_process=last,
+            vp_stage=vp_stage,
         )
         if last:
             self.head = MaskedHead(config, model.padded_vocab_size)
@@ -125,6 +151,22 @@ class LLaDATransformer(MegatronModule):
         hidden = self.decoder(
             hidden,
             attention_mask=None,
-            packed_seq_params=AttentionInputs(cos=cos, sin=sin, cu_seqlens=batch.cu_seqlens),
+            packed_seq_params=AttentionInputs(
+                cos=cos, sin=sin, cu_seqlens_q=batch.cu_seqlens_q, cu_seqlens_kv=batch.cu_seqlens_kv
+            ),
         )
         return self.head(hidden, batch) if hasattr(self, "head") else hidden
+
+
+class LLaDATransformer(torch.nn.Module):
+    """All stages of this process: one, or several under the interleaved schedule."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+        super().__init__()
+        chunks = config.virtual_pipeline_model_parallel_size or 1
+        self.stages = torch.nn.ModuleList(Stage(model, config, i if chunks > 1 else None) for i in range(chunks))
+
+    def forward(self, batch: Batch, stage: int = 0) -> Tensor:
+        """One stage's forward pass; its input tensor is megatron-core's schedule's to set."""
+        output: Tensor = self.stages[stage](batch)
+        return output

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llada_train.config.schema import ModelConfig
 from llada_train.model.sizes import TensorSpec, slice_runs, tensor_specs
-from llada_train.model.transformer import LLaDATransformer
+from llada_train.model.transformer import LLaDATransformer, Stage
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Shard:
     count: int
     owned: bool  # of ranks that hold equal copies (a norm's, under tensor parallelism) one owns it
     parameter: torch.nn.Parameter
+    shape: torch.Size  # of the slice as the model holds it
 
     def runs(self) -> list[tuple[int, int]]:
         """The slice as (start, length) ranges of the flattened global tensor, in the slice's own order."""
@@ -32,24 +33,37 @@ class Shard:
         """This rank's slice of the global tensor, in the parameter's shape."""
         if self.spec.partition_dim is None:
             return full
-        return full.chunk(self.count, self.spec.partition_dim)[self.index].reshape(self.parameter.shape)
+        return full.chunk(self.count, self.spec.partition_dim)[self.index].reshape(self.shape)
 
 
 def shards(model: LLaDATransformer, config: ModelConfig) -> Iterator[Shard]:
-    """Every parameter of this pipeline stage, under its global name."""
+    """Every parameter of this process's stages, under its global name."""
     specs = tensor_specs(config)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
+    for stage in model.stages:
+        for name, parameter in _global_names(stage):
+            spec = specs[name]
+            sliced = spec.partition_dim is not None
+            yield Shard(
+                name=name,
+                spec=spec,
+                index=rank if sliced else 0,
+                count=size if sliced else 1,
+                owned=sliced or rank == 0,
+                parameter=parameter,
+                shape=parameter.shape,
+            )
+
+
+def _global_names(stage: Stage) -> Iterator[tuple[str, torch.nn.Parameter]]:
     # Layers are numbered from 1 over the whole model, and from 0 within a stage.
-    offset = model.decoder.layers[0].layer_number - 1
-    for local_name, parameter in model.named_parameters():
+    offset = stage.decoder.layers[0].layer_number - 1
+    for local_name, parameter in stage.named_parameters():
         parts = local_name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(int(parts[2]) + offset)
-        name = ".".join(parts)
-        spec = specs[name]
-        sliced = spec.partition_dim is not None
-        yield Shard(name, spec, rank if sliced else 0, size if sliced else 1, sliced or rank == 0, parameter)
+        yield ".".join(parts), parameter
 
 
 def initial_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:

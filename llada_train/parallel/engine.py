@@ -1,8 +1,12 @@
 """The engine: megatron-core's schedule for forward and backward, DeepSpeed ZeRO for the optimizer step.
 
 The loss that comes in is already normalised over the global batch, so every sum here is a plain sum: over micro-batches
-(the schedule), over data parallelism (DeepSpeed takes the mean, the loss is multiplied by the number of ranks). All
-gradients are accumulated and reduced in fp32.
+(the schedule), over data and context parallelism (DeepSpeed takes the mean, the loss is multiplied by the number of
+ranks). All gradients are accumulated and reduced in fp32. Who adds them up depends on ZeRO:
+
+- bf16 with ZeRO 1: DeepSpeed adds fp32 gradients in each parameter's hook; the schedule drives the model itself.
+- fp32 with ZeRO 1: DeepSpeed's forward; all micro-batches' gradients are reduced at once, after the last.
+- ZeRO 2 and 3: DeepSpeed's forward; each micro-batch's gradients are reduced and added to the rank's own part.
 """
 
 import io
@@ -20,11 +24,11 @@ from torch import Tensor
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
-from llada_train.model.sizes import FIRST_MOMENT, MASTER, SECOND_MOMENT, slice_runs
-from llada_train.model.transformer import LLaDATransformer, transformer_config
+from llada_train.model.transformer import LLaDATransformer, Stage, transformer_config
 from llada_train.model.weights import Shard, shards
 from llada_train.parallel import cpu
 from llada_train.parallel.topology import Topology
+from llada_train.parallel.zero import FlatPartition, Fragment, ParameterPartition
 
 T_BUCKETS = 10  # equal ranges of the mask probability over which the bound is reported
 
@@ -56,18 +60,10 @@ class Losses:
         ]
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """The part of one parameter whose optimizer state this rank owns: flat elements [start, stop) of the shard."""
-
-    shard: Shard
-    start: int
-    stop: int
-    state: dict[str, Tensor]  # MASTER, FIRST_MOMENT, SECOND_MOMENT: flat fp32 views of stop − start elements
-
-    def runs(self) -> list[tuple[int, int]]:
-        """The fragment as (start, length) ranges of the flattened global tensor."""
-        return slice_runs(self.shard.spec, self.shard.index, self.shard.count, self.start, self.stop)
+def _data_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the same weights: data × context parallelism."""
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
 
 
 class _ModelParallelUnit:
@@ -76,12 +72,10 @@ class _ModelParallelUnit:
     get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
     get_model_parallel_world_size = staticmethod(lambda: parallel_state.get_model_parallel_group().size())
     get_model_parallel_rank = staticmethod(lambda: parallel_state.get_model_parallel_group().rank())
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_group_ranks = staticmethod(
-        lambda: dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
-    )
+    get_data_parallel_group = staticmethod(_data_parallel_group)
+    get_data_parallel_world_size = staticmethod(lambda: _data_parallel_group().size())
+    get_data_parallel_rank = staticmethod(lambda: _data_parallel_group().rank())
+    get_data_parallel_group_ranks = staticmethod(lambda: dist.get_process_group_ranks(_data_parallel_group()))
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
     get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
@@ -97,20 +91,20 @@ class Engine:
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config, self.topology = config, topology
         self.bf16 = config.training.precision == "bf16"
-        # bf16 with ZeRO 1: DeepSpeed adds fp32 gradients up in each parameter's hook, and the schedule drives the raw
-        # module, whatever the pipeline. Otherwise ZeRO wants its own forward and backward.
-        self._adds_gradients_in_hooks = self.bf16 and config.parallel.zero_stage == 1
-        self.model = LLaDATransformer(config.model, transformer_config(config, topology.device.type == "cpu"))
+        self._zero_stage = config.parallel.zero_stage
+        self._adds_gradients_in_hooks = self.bf16 and self._zero_stage == 1
+        model_config = transformer_config(config, topology.device.type == "cpu")
+        self.model = LLaDATransformer(config.model, model_config)
         self.shards = list(shards(self.model, config.model))
         for shard in self.shards:  # DeepSpeed's own name for "this rank counts it in the gradient norm"
             shard.parameter.model_parallel = shard.owned  # type: ignore[attr-defined]
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use on every rank
             self._engine = self._deepspeed_engine()
+        self._state = (ParameterPartition if self._zero_stage == 3 else FlatPartition)(self._engine.optimizer)
         if not self._adds_gradients_in_hooks:
-            self.model.config.grad_scale_func = self._engine.scale
-            if self.bf16:
-                self.model.config.no_sync_func = self._before_the_last_micro_batch
-        self._allocate_optimizer_state()
+            model_config.grad_scale_func = self._engine.scale
+        if self._zero_stage > 1:
+            model_config.no_sync_func = self._before_the_last_micro_batch
 
     def _deepspeed_engine(self) -> Any:
         optimizer = self.config.optimizer
@@ -133,7 +127,7 @@ class Engine:
                 "train_micro_batch_size_per_gpu": self.config.training.micro_batch_size,
                 "gradient_accumulation_steps": 1,  # accumulation is megatron-core's
                 "gradient_clipping": optimizer.gradient_clipping,
-                "zero_optimization": {"stage": self.config.parallel.zero_stage},
+                "zero_optimization": {"stage": self._zero_stage},
                 "bf16": {"enabled": self.bf16, "immediate_grad_update": self._adds_gradients_in_hooks},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",  # the default rounds gradients to bf16 on the wire
@@ -142,53 +136,23 @@ class Engine:
         )
         return engine
 
-    def _allocate_optimizer_state(self) -> None:
-        """Zero moments from the start, so that a checkpoint can be loaded into them without a step."""
-        adam = self._engine.optimizer.optimizer
-        for group in adam.param_groups:
-            for p in group["params"]:
-                adam.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    FIRST_MOMENT: torch.zeros_like(p),
-                    SECOND_MOMENT: torch.zeros_like(p),
-                }
-
     @property
     def optimizer_steps(self) -> int:
         """Steps that Adam has taken (its bias correction counts them)."""
-        states = self._engine.optimizer.optimizer.state.values()
-        return int(next(iter(states))["step"])
+        return self._state.steps
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
-        for state in self._engine.optimizer.optimizer.state.values():
-            state["step"].fill_(steps)
+        self._state.steps = steps
 
     def set_weights(self, read: Callable[[Shard], Tensor]) -> None:
         """Fill every parameter, and the fp32 master that this rank holds of it, from `read(shard)` → fp32 slice."""
         for shard in self.shards:
-            value = read(shard)
-            with torch.no_grad():
-                shard.parameter.copy_(value.view_as(shard.parameter))
-            mapping = shard.parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
-                address = mapping.lp_fragment_address
-                mapping.hp_fragment.data.copy_(value.flatten()[address.start : address.start + address.numel])
+            self._state.write(shard, read(shard))
 
     def fragments(self) -> Iterator[Fragment]:
         """Views of the optimizer state that this rank owns; writing to them changes the state."""
-        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-        for shard in self.shards:
-            mapping = shard.parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                continue
-            address = mapping.lp_fragment_address
-            state = {
-                MASTER: mapping.hp_fragment.detach(),
-                FIRST_MOMENT: mapping.get_optim_state_fragment(FIRST_MOMENT),
-                SECOND_MOMENT: mapping.get_optim_state_fragment(SECOND_MOMENT),
-            }
-            yield Fragment(shard, address.start, address.start + address.numel, state)
+        return self._state.fragments(self.shards)
 
     def train_step(self, batches: list[Batch], learning_rate: float) -> tuple[Losses, float]:
         """One optimizer step on this rank's micro-batches of a global batch: (losses, gradient norm before clipping).
@@ -201,16 +165,16 @@ class Engine:
             losses = self._run(batches, self.model, nullcontext())
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.allreduce_gradients()
-        elif self.bf16:
-            losses = self._run(batches, self._engine, nullcontext())
-        else:
+        elif self._zero_stage == 1:
             losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
+        else:
+            losses = self._run(batches, self._engine, nullcontext())
         self._engine.step()
         return losses, float(self._engine.get_global_grad_norm())
 
     @contextmanager
     def _before_the_last_micro_batch(self) -> Iterator[None]:
-        """The schedule's `no_sync`: tells ZeRO that more gradients of this step follow."""
+        """The schedule's `no_sync`: tells ZeRO that more gradients of this step follow. Wrong at PP > 1."""
         self._engine.set_gradient_accumulation_boundary(False)
         yield
         self._engine.set_gradient_accumulation_boundary(True)
@@ -224,15 +188,15 @@ class Engine:
         self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool = False
     ) -> Losses:
         device = self.topology.device
-        rows, length = batches[0].input_ids.shape
+        stages = list(self.model.stages)
         with around, cpu.standing_in() if device.type == "cpu" else nullcontext():
             reports = get_forward_backward_func()(
-                forward_step_func=lambda iterator, _: self._forward_step(next(iterator).to(device), module),
-                data_iterator=iter(batches),
-                model=self.model,
+                forward_step_func=lambda iterator, stage: self._forward_step(next(iterator).to(device), module, stage),
+                data_iterator=[iter(batches) for _ in stages],
+                model=stages,
                 num_microbatches=len(batches),
-                seq_length=length,
-                micro_batch_size=rows,
+                seq_length=self.config.data.sequence_length,
+                micro_batch_size=len(batches[0].input_ids),
                 forward_only=forward_only,
             )
         total = torch.zeros(1 + 2 * T_BUCKETS, dtype=torch.float64, device=device)
@@ -242,16 +206,16 @@ class Engine:
         loss, sums, counts = total.cpu().split([1, T_BUCKETS, T_BUCKETS])
         return Losses(float(loss), sums, counts)
 
-    def _forward_step(self, batch: Batch, module: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def _forward_step(self, batch: Batch, module: Any, stage: Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             log_normaliser, target_logit = output
             weighted = batch.loss_weight * (log_normaliser - target_logit)
             loss = weighted.sum()
-            scale = parallel_state.get_data_parallel_world_size()  # against DeepSpeed's mean
+            scale = _data_parallel_group().size()  # against DeepSpeed's mean
             one = torch.ones((), dtype=torch.int, device=loss.device)
             return loss * scale, one, {"sums": self._report(batch, weighted.detach().double())}
 
-        return module(batch), loss_func
+        return module(batch, stage.vp_stage or 0), loss_func
 
     def _report(self, batch: Batch, weighted: Tensor) -> Tensor:
         """[1 + 2·T_BUCKETS] fp64: the loss, each bucket's part of it, each bucket's number of rows."""
@@ -259,5 +223,7 @@ class Engine:
         zeros = weighted.new_zeros(T_BUCKETS)
         row = batch.masked_positions // batch.input_ids.shape[1]
         losses = zeros.index_add(0, bucket[row], weighted)
-        rows = zeros.index_add(0, bucket, (batch.sample_index >= 0).double())
+        # Of the ranks that share a row's columns one counts it.
+        counted = (batch.sample_index >= 0) & (self.topology.place.context_parallel_rank == 0)
+        rows = zeros.index_add(0, bucket, counted.double())
         return torch.cat([weighted.sum().unsqueeze(0), losses, rows])

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import ParallelConfig
+from llada_train.data.loader import Place
 
 
 @dataclass(frozen=True)
 class Topology:
     rank: int
     world_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
+    place: Place
     device: torch.device
 
     @property
@@ -39,8 +39,6 @@ def rank() -> int:
 def initialize(parallel: ParallelConfig) -> Topology:
     """Start the process group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups inside it."""
     import deepspeed
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     _complete_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -60,19 +58,31 @@ def initialize(parallel: ParallelConfig) -> Topology:
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
+    place = initialize_groups(parallel)
+    return Topology(rank=dist.get_rank(), world_size=dist.get_world_size(), place=place, device=device)
+
+
+def initialize_groups(parallel: ParallelConfig) -> Place:
+    """megatron-core's groups inside the process group that is there; what this process reads of a global batch."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline_parallel if parallel.virtual_pipeline_parallel > 1 else None
+        ),
+        context_parallel_size=parallel.context_parallel,
         create_gloo_process_groups=False,
     )
     # Nothing on the device draws random numbers, but megatron-core's sequence-parallel regions want their states.
     model_parallel_cuda_manual_seed(0)
-    return Topology(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
+    return Place(
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        device=device,
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

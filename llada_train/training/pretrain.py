@@ -46,8 +46,8 @@ def pretrain(config_file: Path, overrides: Sequence[str], stop: StopRequest) -> 
         trainer = Trainer(
             config=config,
             engine=engine,
-            loader=TrainingLoader(data, config, here.data_parallel_rank, here.data_parallel_size),
-            validation=validation_batches(data, config, here.data_parallel_rank, here.data_parallel_size),
+            loader=TrainingLoader(data, config, here.place),
+            validation=validation_batches(data, config, here.place),
             run=run,
             log=log,
             stop=stop,

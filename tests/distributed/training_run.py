@@ -1,0 +1,94 @@
+"""A few steps of training as `llada-train pretrain` makes them, on one of N processes; what the layout matrix compares."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llada_train.parallel import topology
+
+topology.quiet_engines()
+
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from llada_train.checkpoint.writer import Progress, save  # noqa: E402
+from llada_train.config.load import load_config  # noqa: E402
+from llada_train.data.batch import Batch  # noqa: E402
+from llada_train.data.loader import TrainingLoader, validation_batches  # noqa: E402
+from llada_train.data.rows import PretrainingData  # noqa: E402
+from llada_train.model.weights import initial_tensor  # noqa: E402
+from llada_train.parallel.engine import Engine  # noqa: E402
+
+LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one rank saw."""
+
+    losses: list[float]  # of each step
+    norms: list[float]
+    bounds_by_t: list[list[float | None]]
+    validation: float
+    digests: list[dict[int, int]]  # of each step: sample → digest of what this rank was given of it
+    model_rank: tuple[int, int]  # tensor- and pipeline-parallel rank
+
+
+def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path | None) -> Run:
+    """Train from the config's own initial weights; where asked, save a checkpoint afterwards."""
+    torch.set_num_threads(1)
+    config = load_config(config_file, overrides, topology.world_size())
+    here = topology.initialize(config.parallel)
+    try:
+        engine = Engine(config, here)
+        engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+        data, size = PretrainingData(config), config.training.global_batch_size
+        loader = TrainingLoader(data, config, here.place)
+        results, digests = [], []
+        for step in range(steps):
+            batches = loader.global_batch(step * size)
+            digests.append(digest(batches))
+            results.append(engine.train_step(batches, LEARNING_RATE))
+        held_out = engine.evaluate(validation_batches(data, config, here.place))
+        if checkpoints is not None:
+            save(checkpoints, engine, config, Progress(steps, steps * size), keep=1)
+        return Run(
+            losses=[losses.loss for losses, _ in results],
+            norms=[norm for _, norm in results],
+            bounds_by_t=[losses.bound_by_t() for losses, _ in results],
+            validation=held_out.loss,
+            digests=digests,
+            model_rank=(
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_pipeline_model_parallel_rank(),
+            ),
+        )
+    finally:
+        topology.shutdown()
+
+
+def digest(batches: list[Batch]) -> dict[int, int]:
+    """Sample → a sum over its tokens of a hash of place, id, target and weight: slices of a row add up to the row's."""
+    digests: dict[int, int] = {}
+    for batch in batches:
+        B, S = batch.input_ids.shape
+        counted = batch.loss_weight > 0
+        targets = torch.full((B * S,), -1)
+        targets[batch.masked_positions[counted]] = batch.targets[counted]
+        weights = torch.zeros(B * S)
+        weights[batch.masked_positions[counted]] = batch.loss_weight[counted]
+        bits = weights.view(torch.int32).to(torch.int64)
+        hashes = np.zeros((B, S), np.uint64)
+        for part in (batch.position_ids, batch.input_ids, targets.view(B, S), bits.view(B, S)):
+            hashes = _mix(hashes ^ part.numpy().astype(np.uint64))
+        for sample, row in zip(batch.sample_index.tolist(), hashes, strict=True):
+            digests[sample] = int(row.sum(dtype=np.uint64))
+    return digests
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
