@@ -9,8 +9,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 from llada_train.parallel.launch import free_port
 
@@ -20,12 +23,19 @@ _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["training_run"])
 
 
+def start() -> None:
+    """Start the process that forks, if it does not run yet; it takes seconds to import everything."""
+    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # where it finds what to import
+        forkserver.ensure_running()
+
+
 def run(processes: int, function: Callable[..., Result], *arguments: Any, timeout: float = 300) -> list[Result]:
     """`function(*arguments)` on each rank: the results by rank. The function is a module's own, found by name.
 
     Raises:
         RuntimeError: a rank raised something (its traceback is in the message), died, or took too long.
     """
+    start()
     port, deadline = free_port(), time.monotonic() + timeout
     workers, connections = [], []
     try:

@@ -20,7 +20,8 @@ from llada_train.data.rows import PretrainingData  # noqa: E402
 from llada_train.model.weights import initial_tensor  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
 
-LEARNING_RATE = 2e-3
+import os
+LEARNING_RATE = float(os.environ.get("LR","2e-3"))
 
 
 @dataclass(frozen=True)
