@@ -12,24 +12,22 @@ import itertools
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from common import ROOT, machine_and_versions, make_data
 
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/pretrain/demo.yaml"
 SIDES = ("engine", "plain")
 PRECISIONS = ("fp32", "bf16")
@@ -68,24 +66,13 @@ def main() -> None:
         print(f"wrote {path.relative_to(ROOT)}")
 
 
-def make_data(folder: Path) -> None:
-    """`tokenizer/` and `corpus.*` from some of the Python standard library's sources."""
-    from data_tools.sources import Sources
-    from data_tools.tokenize import tokenize
-    from llada_train.data.tokenizer import train_tokenizer
-
-    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    train_tokenizer((path.read_text(encoding="utf-8") for path in library), 2048, folder / "tokenizer")
-    tokenize(Sources(library), folder / "tokenizer", folder / "corpus")
-
-
 def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
     """Seconds of each timed step, by the clock and of CPU time; the loss of each step; peak memory (MiB)."""
     from llada_train.data.loader import TrainingLoader
     from llada_train.data.rows import PretrainingData
 
     size = config.training.global_batch_size
-    loader = TrainingLoader(PretrainingData(config), config, 0, 1)
+    loader = TrainingLoader(PretrainingData(config), config)
     batches = [loader.global_batch(i * size) for i in range(WARMUP_STEPS + steps)]
     train_step = {"engine": engine_step, "plain": plain_step}[side](config)
     wall_seconds, cpu_seconds, losses = [], [], []
@@ -229,8 +216,6 @@ def _header(steps: int, rounds: int) -> str:
 
     config = _config("fp32", ROOT)
     model, training = config.model, config.training
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return f"""# The engine against a plain PyTorch loop, {date.today().isoformat()}
 
 One process of one thread. {CONFIG.relative_to(ROOT)}: {model.num_layers} layers, hidden size {model.hidden_size},
@@ -241,19 +226,9 @@ The plain loop computes logits at every position; its bf16 is autocast over fp32
 {steps} timed steps after {WARMUP_STEPS} others in each of {rounds} processes per row of the table, sides alternating.
 CPU time leaves out what other processes of the machine took. Memory is the process's peak, imports included.
 
-- {_processor()}, {os.cpu_count()} cores, {platform.system()}
-- Python {platform.python_version()}, {versions}; commit {commit.stdout.strip() or "unknown"}
+{machine_and_versions()}
 - `python benchmarks/engine_vs_plain.py --steps {steps} --rounds {rounds}`
 """
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 if __name__ == "__main__":

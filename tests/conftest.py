@@ -5,14 +5,26 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from ruamel.yaml import YAML
 
+if TYPE_CHECKING:
+    from matrix import Matrix
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
+
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-layout", action="store_true", help="the layout matrix over all layouts, not a choice")
+
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they"]
 
@@ -71,6 +83,29 @@ def write_config(data: Path, folder: Path, **overrides: Any) -> Path:
     with path.open("w") as file:
         YAML(typ="safe", pure=True).dump(tree, file)
     return path
+
+
+@pytest.fixture(scope="session")
+def matrices(
+    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[dict[str, "Matrix"]]:
+    """The layout matrix of each precision; what it has compared is written as a table in the end."""
+    import processes
+    from layouts import GLOBAL_BATCH_SIZE, MODEL
+    from matrix import TOLERANCE, Matrix, table
+
+    processes.start()
+    folder = tmp_path_factory.mktemp("layouts")
+    model = {f"model__{key}": value for key, value in MODEL.items()}
+    config = write_config(tiny_data, folder, training__global_batch_size=GLOBAL_BATCH_SIZE, **model)
+    matrices = {precision: Matrix(config, precision, folder / precision) for precision in TOLERANCE}
+    yield matrices
+    path = ROOT / "runs/layout_matrix.md"
+    if request.config.getoption("every_layout"):
+        path = ROOT / f"benchmarks/results/layout_matrix_{date.today().isoformat()}.md"
+    if any(matrix.deviations for matrix in matrices.values()):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{table(matrices)}\n", encoding="utf-8")
 
 
 @pytest.fixture

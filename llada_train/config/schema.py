@@ -142,6 +142,11 @@ class TrainingConfig(Section):
         description="activations computed again in backward instead of kept; selective: what lies between matrix "
         "multiplications (norms, SwiGLU); full: whole layers",
     )
+    replica_check_interval_steps: PositiveInt | None = Field(
+        default=None,
+        description="steps between checks that parameters of which several ranks hold copies are equal bit for bit; "
+        "where it divides checkpoint.interval_steps no checkpoint is saved unchecked; none: never",
+    )
 
 
 class ParallelConfig(Section):
@@ -270,12 +275,13 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
     check(
         length <= model.max_sequence_length,
         "data.sequence_length",
-        f"{length} is more than model.max_sequence_length {model.max_sequence_length}",
+        f"{length} is more than model.max_sequence_length {model.max_sequence_length}; lower it, or raise that",
     )
     check(
         training.global_batch_size % training.micro_batch_size == 0,
         "training.global_batch_size",
-        f"{training.global_batch_size} is not divisible by training.micro_batch_size {training.micro_batch_size}",
+        f"{training.global_batch_size} is not divisible by training.micro_batch_size {training.micro_batch_size}; "
+        "make it a multiple",
     )
     return found
 

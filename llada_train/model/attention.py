@@ -73,7 +73,7 @@ class BidirectionalAttention(torch.nn.Module):
 
 
 def _of_whole_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [S, B, G, D] of this rank's columns → [S', B, G, D] of all; backward sums each one's gradients."""
+    """Keys and values [S, B, G, D] of this rank's columns → [S', B, G, D] of all; backward sums their gradients."""
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return key, value
@@ -91,7 +91,8 @@ def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     S, B = q.shape[:2]
     queries, keys, values = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
     pieces, q_start, kv_start = [], 0, 0
-    for (q_length, kv_length), run in groupby(zip(*(c.diff().tolist() for c in (cu_seqlens_q, cu_seqlens_kv)))):
+    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_kv.diff().tolist(), strict=True)
+    for (q_length, kv_length), run in groupby(lengths):
         count = len(list(run))
         q_stop, kv_stop = q_start + q_length * count, kv_start + kv_length * count
         if q_length:

@@ -56,7 +56,7 @@ class MaskedHead(torch.nn.Module):
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         super().__init__()
         rows = vocab_size // config.tensor_model_parallel_size
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(
             torch.empty(rows, config.hidden_size, dtype=config.params_dtype, device=device)
         )

@@ -32,7 +32,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """x / √(mean(x²) + eps) · weight over the last axis, with the constructor that megatron-core's blocks call."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        # None is torch's default device, as for megatron-core's own layers: the CPU, or what the caller chose.
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.sequence_parallel = config.sequence_parallel
 

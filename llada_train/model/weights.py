@@ -42,6 +42,7 @@ def shards(model: LLaDATransformer, config: ModelConfig) -> Iterator[Shard]:
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for stage in model.stages:
+        assert isinstance(stage, Stage)
         for name, parameter in _global_names(stage):
             spec = specs[name]
             sliced = spec.partition_dim is not None

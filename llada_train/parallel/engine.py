@@ -27,6 +27,7 @@ from llada_train.data.batch import Batch
 from llada_train.model.transformer import LLaDATransformer, Stage, transformer_config
 from llada_train.model.weights import Shard, shards
 from llada_train.parallel import cpu
+from llada_train.parallel.replicas import check_replicas
 from llada_train.parallel.topology import Topology
 from llada_train.parallel.zero import FlatPartition, Fragment, ParameterPartition
 
@@ -178,6 +179,10 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(False)
         yield
         self._engine.set_gradient_accumulation_boundary(True)
+
+    def check_replicas(self, step: int) -> None:
+        """Raise UserError, on every rank, if copies of a parameter on several ranks are not equal bit for bit."""
+        check_replicas(self.shards, step)
 
     def evaluate(self, batches: list[Batch]) -> Losses:
         """The losses of a global batch, without gradients."""

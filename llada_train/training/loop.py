@@ -65,6 +65,7 @@ class Trainer:
                 self._refuse_non_finite(losses.loss, gradient_norm)
                 interval.add(losses, time.perf_counter() - started, data_wait)
                 stopping = self.stop.agreed(self.engine.topology.device)
+                self._check_replicas(stopping)
                 if stopping or self._due(config.logging.interval_steps):
                     self._report(interval, rate, gradient_norm)
                     interval = _Interval()
@@ -103,6 +104,15 @@ class Trainer:
             f"Its checkpoints in {self.run.checkpoints} are sound: LLaDA's authors went on from one with a lower "
             "learning rate"
         )
+
+    def _check_replicas(self, stopping: bool) -> None:
+        """Before this step is saved: a checkpoint keeps one of the copies, so that no later check finds the fault.
+
+        After non-finite values were refused: ranks may write the bits of a NaN differently.
+        """
+        interval = self.config.training.replica_check_interval_steps
+        if interval is not None and (stopping or self._due(interval)):
+            self.engine.check_replicas(self.progress.step)
 
     def _report(self, interval: _Interval, rate: float, gradient_norm: float) -> None:
         if self.log is None:

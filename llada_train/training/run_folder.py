@@ -12,7 +12,15 @@ CONFIG_FILE = "config.yaml"
 
 # What a run has done so far does not depend on these; everything else must stay as the run began. The learning rate to
 # come is the user's: LLaDA's authors lowered it at a checkpoint when the loss was not finite (paper §2.2).
-_FREE = ("run_dir", "resume", "init_from", "training.micro_batch_size", "training.recompute", "data.prefetch")
+_FREE = (
+    "run_dir",
+    "resume",
+    "init_from",
+    "training.micro_batch_size",
+    "training.recompute",
+    "training.replica_check_interval_steps",
+    "data.prefetch",
+)
 _FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "checkpoint.", "validation.", "logging.")
 
 

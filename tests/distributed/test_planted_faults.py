@@ -1,19 +1,17 @@
-"""Known ways to get masked diffusion training wrong, planted one by one: each has to fail the check that is there.
+"""Known ways to get masked diffusion training wrong, planted one by one: each has to fail the layout matrix.
 
-The check is the loss and the gradient norm of the first steps against a loop of plain PyTorch, which knows no ranks and
-reads the formulas off the paper; where precision itself is at fault, against one process.
+What the matrix holds every layout against, one process, is itself held against a loop of plain PyTorch, which knows no
+ranks and reads the formulas off the paper.
 """
 
-import json
-import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
+import processes
 import pytest
 import torch
-from conftest import write_config
-from layout_worker import LEARNING_RATE
+import training_run
+from layouts import Layout
+from matrix import REFERENCE, STEPS, Matrix
 from torch.nn import functional as F
 
 from llada_train.config.load import load_config
@@ -22,46 +20,44 @@ from llada_train.data.rows import PretrainingData
 from llada_train.model.sizes import tensor_specs
 from llada_train.model.weights import initial_tensor
 from llada_train.objective.forward_process import training_noise
-from llada_train.parallel.launch import launch_local
 
-WORKER = Path(__file__).with_name("fault_worker.py")
-STEPS = 3
 TOLERANCE = 1e-5
-WIRE_TOLERANCE = 1e-6  # only the order of fp32 sums differs
-TP2, SP = "parallel.tensor_parallel=2", "parallel.sequence_parallel=true"
-TOKEN, BF16 = "objective.loss_normalization=token", "training.precision=bf16"
-
-SOUND = {"dp4": [], "tp2-dp2": [TP2], "tp2-sp-dp2": [TP2, SP], "dp4-token": [TOKEN]}
-FAULTY = {
-    "norm_gradients_of_a_slice": [TP2, SP],
-    "head_gradient_of_a_slice": [TP2],
-    "shared_noise": [],
-    "local_normalization": [TOKEN],
-    "causal_attention": [TP2],
-    "unweighted_loss": [],
-    "loss_at_every_position": [],
-}
+TOKEN = "objective.loss_normalization=token"
+FAULTS = [
+    ("norm_gradients_of_a_slice", "fp32", Layout(tensor_parallel=2, sequence_parallel=True), []),
+    ("head_gradient_of_a_slice", "fp32", Layout(tensor_parallel=2), []),
+    ("own_keys_only", "fp32", Layout(context_parallel=2), []),
+    ("shared_noise", "fp32", Layout(2), []),
+    ("local_normalization", "fp32", Layout(2), [TOKEN]),
+    ("causal_attention", "fp32", Layout(tensor_parallel=2), []),
+    ("bf16_on_the_wire", "bf16", Layout(4), []),
+    ("unweighted_loss", "fp32", Layout(), []),
+    ("loss_at_every_position", "fp32", Layout(), []),
+]
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the config file and of every run's result, sound or faulty."""
-    output = tmp_path_factory.mktemp("faults")
-    four: dict[str, tuple[str | None, list[str]]] = {name: (None, overrides) for name, overrides in SOUND.items()}
-    four |= {fault: (fault, overrides) for fault, overrides in FAULTY.items()}
-    four |= {"dp4-bf16": (None, [BF16]), "bf16_on_the_wire": ("bf16_on_the_wire", [BF16])}
-    config = write_config(tiny_data, output)
-    for processes, cases in [(4, four), (1, {"one-bf16": (None, [BF16])})]:
-        assert launch_local(processes, [sys.executable, str(WORKER), str(config), str(output), json.dumps(cases)]) == 0
-    return output
+@pytest.mark.parametrize(("fault", "precision", "layout", "overrides"), FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_fault_fails_the_matrix(
+    matrices: dict[str, Matrix], fault: str, precision: str, layout: Layout, overrides: list[str]
+) -> None:
+    matrix = matrices[precision]
+    sound = matrix.run(layout, *overrides)
+    matrix.check(layout, sound, *overrides)
+    faulty = matrix.run(layout, *overrides, fault=fault)
+    with pytest.raises(AssertionError):
+        matrix.check(layout, faulty, *overrides)
 
 
-def result(runs: Path, name: str) -> dict[str, Any]:
-    return json.loads((runs / f"{name}.json").read_text())
+@pytest.mark.parametrize("overrides", [[], [TOKEN]], ids=["sequence", "token"])
+def test_one_process_trains_as_a_plain_loop(matrices: dict[str, Matrix], overrides: list[str]) -> None:
+    matrix = matrices["fp32"]
+    losses, norms = plain_loop(matrix.config, overrides)
+    found = matrix.run(REFERENCE, *overrides).first
+    assert found.losses == pytest.approx(losses, rel=TOLERANCE)
+    assert found.norms == pytest.approx(norms, rel=TOLERANCE)
 
 
-@cache
-def plain_loop(config_file: Path, *overrides: str) -> tuple[list[float], list[float]]:
+def plain_loop(config_file: Path, overrides: list[str]) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of STEPS steps (paper Alg. 1), one row at a time, cut where it is cut."""
     config = load_config(config_file, overrides)
     data, specs = PretrainingData(config), tensor_specs(config.model)
@@ -79,7 +75,7 @@ def plain_loop(config_file: Path, *overrides: str) -> tuple[list[float], list[fl
     norms = [p for p in model.parameters() if p.ndim == 1]
     adam = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
+        lr=training_run.LEARNING_RATE,
         betas=settings.betas,
         eps=settings.eps,
     )
@@ -91,7 +87,7 @@ def plain_loop(config_file: Path, *overrides: str) -> tuple[list[float], list[fl
             L, p = int(noise.lengths[i]), float(noise.mask_probability[i])
             clean, mask = torch.from_numpy(row[:L]), torch.from_numpy(noise.mask(i))
             logits = model(clean.masked_fill(mask, data.tokenizer.mask_id).unsqueeze(0)).logits[0]
-            tokens = float(noise.lengths.sum()) if TOKEN in overrides else L * N
+            tokens = float(noise.lengths.sum()) if overrides else L * N
             total = total + F.cross_entropy(logits[mask], clean[mask], reduction="sum") / (p * tokens)
         adam.zero_grad()
         total.backward()
@@ -102,26 +98,24 @@ def plain_loop(config_file: Path, *overrides: str) -> tuple[list[float], list[fl
     return found
 
 
-def deviation(runs: Path, name: str, overrides: list[str]) -> float:
-    """The largest relative difference from the plain loop, of any step's loss or gradient norm."""
-    normalization = [override for override in overrides if override == TOKEN]
-    losses, norms = plain_loop(runs / "config.yaml", *normalization)
-    found = result(runs, name)
-    pairs = zip([*found["losses"], *found["norms"]], [*losses, *norms], strict=True)
-    return max(abs(ours / theirs - 1) for ours, theirs in pairs)
+MICRO_BATCHES = 512
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_the_sound_program_trains_as_a_plain_loop(runs: Path, name: str) -> None:
-    assert deviation(runs, name, SOUND[name]) < TOLERANCE
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_gradients_of_many_micro_batches_are_added_in_fp32(matrices: dict[str, Matrix], zero_stage: int) -> None:
+    assert growth(matrices["bf16"].config, zero_stage) == pytest.approx(MICRO_BATCHES, rel=1e-3)
 
 
-@pytest.mark.parametrize("fault", FAULTY)
-def test_fault_is_noticed(runs: Path, fault: str) -> None:
-    assert deviation(runs, fault, FAULTY[fault]) > 10 * TOLERANCE
+def test_gradients_added_in_bf16_are_noticed(matrices: dict[str, Matrix]) -> None:
+    """bf16 has 8 significant bits: a sum of 256 equal parts takes no more of them."""
+    assert growth(matrices["bf16"].config, 1, "bf16_sums") < 0.9 * MICRO_BATCHES
 
 
-def test_gradients_rounded_on_the_wire_are_noticed(runs: Path) -> None:
-    reference, sound, faulty = (result(runs, name)["norms"][0] for name in ("one-bf16", "dp4-bf16", "bf16_on_the_wire"))
-    assert sound == pytest.approx(reference, rel=WIRE_TOLERANCE)
-    assert faulty != pytest.approx(reference, rel=WIRE_TOLERANCE)
+def growth(config: Path, zero_stage: int, fault: str | None = None) -> float:
+    """The gradient norm of 512 equal micro-batches ÷ that of one."""
+    settings = ["training.precision=bf16", "model.num_layers=1", f"parallel.zero_stage={zero_stage}"]
+    one, many = (
+        processes.run(1, training_run.norm_of_equal_micro_batches, config, settings, count, fault)[0]
+        for count in (1, MICRO_BATCHES)
+    )
+    return many / one

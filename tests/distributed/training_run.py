@@ -1,5 +1,10 @@
-"""A few steps of training as `llada-train pretrain` makes them, on one of N processes; what the layout matrix compares."""
+"""A few steps of training as `llada-train pretrain` makes them, on one of N processes: what the layout matrix compares.
 
+It is imported once, by the process that the N are forked from.
+"""
+
+import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +15,20 @@ from llada_train.parallel import topology
 topology.quiet_engines()
 
 import torch  # noqa: E402
+from faults import FAULTS  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from llada_train.checkpoint.writer import Progress, save  # noqa: E402
 from llada_train.config.load import load_config  # noqa: E402
+from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
 from llada_train.data.loader import TrainingLoader, validation_batches  # noqa: E402
 from llada_train.data.rows import PretrainingData  # noqa: E402
 from llada_train.model.weights import initial_tensor  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
+from llada_train.parallel.topology import Topology  # noqa: E402
 
-import os
-LEARNING_RATE = float(os.environ.get("LR","2e-3"))
+LEARNING_RATE = 5e-4
 
 
 @dataclass(frozen=True)
@@ -33,17 +40,16 @@ class Run:
     bounds_by_t: list[list[float | None]]
     validation: float
     digests: list[dict[int, int]]  # of each step: sample → digest of what this rank was given of it
+    state: str  # digest of the masters and moments that the rank owns in the end
     model_rank: tuple[int, int]  # tensor- and pipeline-parallel rank
 
 
-def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path | None) -> Run:
+def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path | None, fault: str | None) -> Run:
     """Train from the config's own initial weights; where asked, save a checkpoint afterwards."""
-    torch.set_num_threads(1)
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
-    try:
-        engine = Engine(config, here)
-        engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    with nullcontext() if fault is None else FAULTS[fault]():
+        engine = _engine(config, here)
         data, size = PretrainingData(config), config.training.global_batch_size
         loader = TrainingLoader(data, config, here.place)
         results, digests = [], []
@@ -52,21 +58,41 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
             digests.append(digest(batches))
             results.append(engine.train_step(batches, LEARNING_RATE))
         held_out = engine.evaluate(validation_batches(data, config, here.place))
+        state = hashlib.sha256()
+        for fragment in engine.fragments():
+            for tensor in fragment.state.values():
+                state.update(tensor.numpy().tobytes())
         if checkpoints is not None:
             save(checkpoints, engine, config, Progress(steps, steps * size), keep=1)
-        return Run(
-            losses=[losses.loss for losses, _ in results],
-            norms=[norm for _, norm in results],
-            bounds_by_t=[losses.bound_by_t() for losses, _ in results],
-            validation=held_out.loss,
-            digests=digests,
-            model_rank=(
-                parallel_state.get_tensor_model_parallel_rank(),
-                parallel_state.get_pipeline_model_parallel_rank(),
-            ),
-        )
-    finally:
-        topology.shutdown()
+    tensor, pipeline = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    topology.shutdown()
+    return Run(
+        losses=[losses.loss for losses, _ in results],
+        norms=[norm for _, norm in results],
+        bounds_by_t=[losses.bound_by_t() for losses, _ in results],
+        validation=held_out.loss,
+        digests=digests,
+        state=state.hexdigest(),
+        model_rank=(tensor, pipeline),
+    )
+
+
+def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: int, fault: str | None) -> float:
+    """The gradient norm of `count` copies of one micro-batch."""
+    config = load_config(config_file, overrides, topology.world_size())
+    here = topology.initialize(config.parallel)
+    with nullcontext() if fault is None else FAULTS[fault]():
+        engine = _engine(config, here)
+        batch = TrainingLoader(PretrainingData(config), config, here.place).global_batch(0)[0]
+        _, norm = engine.train_step([batch] * count, LEARNING_RATE)
+    topology.shutdown()
+    return norm
+
+
+def _engine(config: Config, here: Topology) -> Engine:
+    engine = Engine(config, here)
+    engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    return engine
 
 
 def digest(batches: list[Batch]) -> dict[int, int]:
@@ -79,10 +105,9 @@ def digest(batches: list[Batch]) -> dict[int, int]:
         targets[batch.masked_positions[counted]] = batch.targets[counted]
         weights = torch.zeros(B * S)
         weights[batch.masked_positions[counted]] = batch.loss_weight[counted]
-        bits = weights.view(torch.int32).to(torch.int64)
         hashes = np.zeros((B, S), np.uint64)
-        for part in (batch.position_ids, batch.input_ids, targets.view(B, S), bits.view(B, S)):
-            hashes = _mix(hashes ^ part.numpy().astype(np.uint64))
+        for part in (batch.position_ids, batch.input_ids, targets, weights.view(torch.int32).long()):
+            hashes = _mix(hashes ^ part.view(B, S).numpy().astype(np.uint64))
         for sample, row in zip(batch.sample_index.tolist(), hashes, strict=True):
             digests[sample] = int(row.sum(dtype=np.uint64))
     return digests

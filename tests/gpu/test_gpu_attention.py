@@ -2,26 +2,56 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
+S, B, N, D = 256, 3, 8, 64
+CUT = [0, S, S + 100, 2 * S, 3 * S]  # row 1 ends after 100 tokens
 
-@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+
+def torchs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Torch's own attention in fp32: q [S, B, N, D], k and v [S', B, G, D] → [S, B, N, D]."""
+    from llada_train.model import attention
+
+    q, k, v = (x.float() for x in (q, k, v))
+    if cu_seqlens is not None:
+        return attention._sdpa_by_segment(q, k, v, *cu_seqlens)
+    return attention._sdpa(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "borders"),
+    [
+        (slice(0, S), None),
+        (slice(0, S), (CUT, CUT)),
+        # The second half of the columns, as context parallelism has it: no token of row 1, all of them padding.
+        (slice(S // 2, S), None),
+        (slice(S // 2, S), ([0, S // 2, S // 2, S, 3 * S // 2], CUT)),
+    ],
+    ids=["whole", "cut", "half", "half-cut"],
+)
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_flash_attention_equals_torchs(kv_heads: int, cut: bool) -> None:
+def test_flash_attention_equals_torchs(
+    kv_heads: int, columns: slice, borders: tuple[list[int], list[int]] | None
+) -> None:
+    """Forward, and backward to queries, keys and values; keys that no query reads get gradients of 0."""
     pytest.importorskip("flash_attn")
     from llada_train.model import attention
 
-    S, B, N, D = 256, 3, 8, 64
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(S, B, heads, D, generator=generator, device="cuda", dtype=torch.bfloat16)
         for heads in (N, kv_heads, kv_heads)
     )
-    cu_seqlens = torch.tensor([0, S, S + 100, 2 * S, 3 * S], dtype=torch.int32, device="cuda") if cut else None
-    expected = (
-        attention._sdpa_by_segment(q.float(), k.float(), v.float(), cu_seqlens)
-        if cu_seqlens is not None
-        else attention._sdpa(*(x.float().permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
+    inputs = [x.detach().requires_grad_() for x in (q[columns], k, v)]
+    cu_q, cu_kv = (
+        (None, None) if borders is None else (torch.tensor(b, dtype=torch.int32, device="cuda") for b in borders)
     )
-    torch.testing.assert_close(attention._flash(q, k, v, cu_seqlens).float(), expected, rtol=2e-2, atol=2e-2)
+    expected = torchs(*inputs, None if cu_q is None or cu_kv is None else (cu_q, cu_kv))
+    found = attention._flash(*inputs, cu_q, cu_kv)
+    cotangent = torch.randn(expected.shape, generator=generator, device="cuda")
+    gradients = torch.autograd.grad(found, inputs, cotangent.to(found.dtype))
+    references = torch.autograd.grad(expected, inputs, cotangent)
+    for ours, reference in zip((found, *gradients), (expected, *references), strict=True):
+        assert (ours.float() - reference.float()).abs().max() <= 2e-2 * reference.abs().max()

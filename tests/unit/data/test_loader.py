@@ -3,18 +3,20 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
-from llada_train.data.loader import Row, TrainingLoader, collate, validation_batches
+from llada_train.data.loader import Place, Row, TrainingLoader, collate, validation_batches
 from llada_train.data.rows import PretrainingData
 
 N, S, MASK_ID, PADDING_ID = 16, 32, 98, 99
@@ -58,7 +60,7 @@ def config_of(make_config: Callable[..., Path]) -> Callable[..., Config]:
 @pytest.fixture
 def loader(config_of: Callable[..., Config]) -> TrainingLoader:
     config = config_of(data__prefetch=2)
-    return TrainingLoader(PretrainingData(config), config, 0, 1)
+    return TrainingLoader(PretrainingData(config), config)
 
 
 def test_collate_by_hand() -> None:
@@ -69,9 +71,10 @@ def test_collate_by_hand() -> None:
     batch = collate(rows, 4, MASK_ID, PADDING_ID)
     assert batch.input_ids.tolist() == [[98, 11, 98, 13], [10, 98, 99, 99]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    assert batch.cu_seqlens is not None
-    assert batch.cu_seqlens.tolist() == [0, 4, 6, 8]
-    assert batch.cu_seqlens.dtype == torch.int32
+    for cu_seqlens in (batch.cu_seqlens_q, batch.cu_seqlens_kv):
+        assert cu_seqlens is not None
+        assert cu_seqlens.tolist() == [0, 4, 6, 8]
+        assert cu_seqlens.dtype == torch.int32
     assert batch.masked_positions.tolist() == [0, 2, 5] + [0] * 253
     assert batch.targets.tolist() == [10, 12, 11] + [0] * 253
     assert batch.loss_weight.tolist() == [0.125, 0.125, 0.5] + [0] * 253
@@ -80,8 +83,108 @@ def test_collate_by_hand() -> None:
     assert batch.t.tolist() == [0.25, 0.75]
 
 
+def test_collate_of_half_the_columns_by_hand() -> None:
+    """Row 1 ends before the second half: its padding is all that there is of it, and its tokens' segment is empty."""
+    rows = [row(4, [0, 2], loss_weight=0.125), row(1, [0], loss_weight=0.5), row(3, [1, 2], loss_weight=0.25)]
+    batch = collate(rows, 4, MASK_ID, PADDING_ID, Place(context_parallel_rank=1, context_parallel_size=2))
+    assert batch.input_ids.tolist() == [[98, 13], [99, 99], [98, 99]]
+    assert batch.position_ids.tolist() == [[2, 3]] * 3
+    assert batch.masked_positions.tolist() == [0, 4] + [0] * 254
+    assert batch.targets.tolist() == [12, 12] + [0] * 254
+    assert batch.loss_weight.tolist() == [0.125, 0.25] + [0] * 254
+    assert batch.cu_seqlens_q is not None
+    assert batch.cu_seqlens_kv is not None
+    assert batch.cu_seqlens_kv.tolist() == [0, 4, 5, 8, 11, 12]
+    assert batch.cu_seqlens_q.tolist() == [0, 2, 2, 4, 5, 6]
+    assert batch.cu_seqlens_q.dtype == batch.cu_seqlens_kv.dtype == torch.int32
+
+
 def test_full_rows_need_no_segments() -> None:
-    assert collate([row(4, [0]), row(4, [])], 4, MASK_ID, PADDING_ID).cu_seqlens is None
+    for place in (Place(), Place(context_parallel_rank=1, context_parallel_size=2)):
+        batch = collate([row(4, [0]), row(4, [])], 4, MASK_ID, PADDING_ID, place)
+        assert batch.cu_seqlens_q is None
+        assert batch.cu_seqlens_kv is None
+
+
+@st.composite
+def rows_and_slices(draw: st.DrawFn) -> tuple[list[Row], int]:
+    """Rows of 24 columns, some cut, masked anywhere, of different weights; the number of slices of their columns."""
+    lengths = st.sampled_from([24, 24, *range(1, 24)])
+    rows = []
+    for b, length in enumerate(draw(st.lists(lengths, min_size=1, max_size=4))):
+        masked = draw(st.lists(st.integers(0, length - 1), unique=True))
+        rows.append(row(length, masked, sample_index=40 + b, loss_weight=2.0**-b, mask_probability=2.0 ** -(b + 1)))
+    return rows, draw(st.sampled_from([1, 2, 3, 4, 6, 24]))
+
+
+def slices_of(rows: list[Row], sequence_length: int, count: int) -> list[Batch]:
+    """The batches of the `count` ranks that share the rows' columns."""
+    places = [Place(context_parallel_rank=rank, context_parallel_size=count) for rank in range(count)]
+    return [collate(rows, sequence_length, MASK_ID, PADDING_ID, place) for place in places]
+
+
+def masked_tokens(slices: list[Batch]) -> list[tuple[int, int, int, float]]:
+    """(row, column of the whole row, target, weight) of each masked token, in order."""
+    found = []
+    for batch in slices:
+        real = batch.loss_weight > 0
+        rows, columns = batch.masked_positions // batch.input_ids.shape[1], batch.position_ids.flatten()
+        columns = columns[batch.masked_positions]
+        found += zip(*(x[real].tolist() for x in (rows, columns, batch.targets, batch.loss_weight)), strict=True)
+    return sorted(found)
+
+
+@settings(deadline=None)
+@given(rows_and_slices())
+def test_slices_of_the_columns_put_together_are_the_batch(drawn: tuple[list[Row], int]) -> None:
+    rows, count = drawn
+    slices = slices_of(rows, 24, count)
+    ids, positions = (
+        torch.cat([getattr(batch, name) for batch in slices], dim=1) for name in ("input_ids", "position_ids")
+    )
+    assert positions.tolist() == [list(range(24))] * len(rows)
+    for one, found in zip(rows, ids.tolist(), strict=True):
+        noised = [MASK_ID if masked else token for token, masked in zip(one.tokens, one.mask, strict=True)]
+        assert found == noised + [PADDING_ID] * (24 - len(noised))
+    assert masked_tokens(slices) == [
+        (b, column, one.tokens[column], one.loss_weight)
+        for b, one in enumerate(rows)
+        for column in np.flatnonzero(one.mask)
+    ]
+    for batch in slices:
+        assert batch.input_ids.shape == (len(rows), 24 // count)
+        assert batch.sample_index.tolist() == [one.sample_index for one in rows]
+        assert batch.t.tolist() == [one.mask_probability for one in rows]
+        assert all(x.shape == (256,) for x in (batch.masked_positions, batch.targets, batch.loss_weight))
+
+
+def segment(cu_seqlens: torch.Tensor, token: int) -> int:
+    """The number of the segment that holds a flattened token: attention's own reading of the borders."""
+    (found,) = (i for i, (a, b) in enumerate(pairwise(cu_seqlens.tolist())) if a <= token < b)
+    return found
+
+
+@settings(deadline=None)
+@given(rows_and_slices())
+def test_a_token_asks_in_the_segment_where_its_row_is(drawn: tuple[list[Row], int]) -> None:
+    """Through both borders a slice's token is in the same segment, and only the tokens of its row, or padding, are."""
+    rows, count = drawn
+    S = 24 // count
+    members: dict[int, set[tuple[int, bool]]] = {}
+    for rank, batch in enumerate(slices_of(rows, 24, count)):
+        cu_q, cu_kv = batch.cu_seqlens_q, batch.cu_seqlens_kv
+        if cu_q is None or cu_kv is None:
+            assert cu_q is cu_kv
+            assert all(len(one.tokens) == 24 for one in rows)
+            continue
+        assert len(cu_q) == len(cu_kv)
+        assert (int(cu_q[-1]), int(cu_kv[-1])) == (len(rows) * S, len(rows) * 24)
+        for token in range(len(rows) * S):
+            b, column = token // S, rank * S + token % S
+            number = segment(cu_q, token)
+            assert number == segment(cu_kv, b * 24 + column)
+            members.setdefault(number, set()).add((b, column < len(rows[b].tokens)))
+    assert all(len(of) == 1 for of in members.values())
 
 
 @pytest.mark.parametrize(("masked", "padded"), [(0, 256), (1, 256), (256, 256), (257, 512)])
@@ -102,7 +205,7 @@ def test_every_layout_sees_the_same_global_batch(
             training__micro_batch_size=micro,
         )
         data = PretrainingData(config)
-        ranks = [TrainingLoader(data, config, rank, dp).global_batch(3 * N) for rank in range(dp)]
+        ranks = [TrainingLoader(data, config, Place(rank, dp)).global_batch(3 * N) for rank in range(dp)]
         assert [len(batches) for batches in ranks] == [N // dp // micro] * dp
         assert {batch.input_ids.shape for batches in ranks for batch in batches} == {(micro, S)}
         seen.append(contents(list(chain(*ranks))))
@@ -115,11 +218,12 @@ def test_weights_are_normalised_over_the_global_batch(config_of: Callable[..., C
     """Rank 1 of 2, from the batches alone: 1/(p·L_b·N), or 1/(p·ΣL) with the sum over both ranks."""
     config = config_of(objective={"loss_normalization": normalization, "random_length_probability": 0.5})
     data = PretrainingData(config)
-    ranks = [TrainingLoader(data, config, rank, 2).global_batch(0) for rank in range(2)]
+    ranks = [TrainingLoader(data, config, Place(rank, 2)).global_batch(0) for rank in range(2)]
 
     def length(batch: Batch, b: int) -> int:
         """Where the row's first segment ends."""
-        return S if batch.cu_seqlens is None else int(batch.cu_seqlens[batch.cu_seqlens > b * S].min()) - b * S
+        cu_seqlens = batch.cu_seqlens_kv
+        return S if cu_seqlens is None else int(cu_seqlens[cu_seqlens > b * S].min()) - b * S
 
     total = sum(length(batch, b) for batch in chain(*ranks) for b in range(2))
     assert total < N * S
@@ -130,10 +234,44 @@ def test_weights_are_normalised_over_the_global_batch(config_of: Callable[..., C
             assert weight == 0 or weight == pytest.approx(1 / (float(batch.t[b]) * tokens))
 
 
+@pytest.mark.parametrize("read", ["training", "validation"])
+def test_context_parallel_ranks_read_the_columns_of_the_same_rows(config_of: Callable[..., Config], read: str) -> None:
+    config = config_of(objective={"random_length_probability": 0.5}, validation__sequences=7)
+    data = PretrainingData(config)
+
+    def batches(place: Place) -> list[Batch]:
+        if read == "validation":
+            return validation_batches(data, config, place)
+        return TrainingLoader(data, config, place).global_batch(2 * N)
+
+    for dp_rank in range(2):
+        whole = batches(Place(dp_rank, 2))
+        for count in (2, 4):
+            ranks = [batches(Place(dp_rank, 2, rank, count)) for rank in range(count)]
+            for one, slices in zip(whole, zip(*ranks, strict=True), strict=True):
+                assert torch.equal(torch.cat([batch.input_ids for batch in slices], dim=1), one.input_ids)
+                assert masked_tokens(list(slices)) == masked_tokens([one])
+                assert all(torch.equal(batch.sample_index, one.sample_index) for batch in slices)
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_the_samples_of_a_rank_are_those_of_its_batches(config_of: Callable[..., Config], dp: int) -> None:
+    config = config_of()
+    data = PretrainingData(config)
+    read: list[int] = []
+    for rank in range(dp):
+        for cp_rank in range(2):
+            loader = TrainingLoader(data, config, Place(rank, dp, cp_rank, 2))
+            samples = torch.cat([batch.sample_index for batch in loader.global_batch(3 * N)]).tolist()
+            assert list(loader.samples(3 * N)) == samples
+        read += samples
+    assert read == list(range(3 * N, 4 * N))
+
+
 def test_inputs_are_the_clean_rows_but_for_the_masks(config_of: Callable[..., Config]) -> None:
     config = config_of(objective={"random_length_probability": 0})
     data = PretrainingData(config)
-    for batch in TrainingLoader(data, config, 0, 1).global_batch(N):
+    for batch in TrainingLoader(data, config).global_batch(N):
         clean = torch.from_numpy(data.training_rows(batch.sample_index.numpy()))
         masked = batch.input_ids == data.tokenizer.mask_id
         real = batch.masked_positions[batch.loss_weight > 0]
@@ -145,7 +283,7 @@ def test_inputs_are_the_clean_rows_but_for_the_masks(config_of: Callable[..., Co
 def test_a_row_gets_other_noise_in_the_next_epoch(config_of: Callable[..., Config]) -> None:
     config = config_of(objective={"random_length_probability": 0})
     data = PretrainingData(config)
-    loader = TrainingLoader(data, config, 0, 1)
+    loader = TrainingLoader(data, config)
     epoch = data.rows_per_corpus[0]
     noised: dict[bytes, list[tuple[float, bytes]]] = {}
     for first in range(0, 2 * epoch, N):
@@ -213,10 +351,10 @@ def test_validation_is_the_same_in_every_layout_and_every_time(config_of: Callab
     for dp, micro in [*LAYOUTS, (1, 1)]:
         config = config_of(validation__sequences=7, training__micro_batch_size=micro)
         data = PretrainingData(config)
-        ranks = [validation_batches(data, config, rank, dp) for rank in range(dp)]
+        ranks = [validation_batches(data, config, Place(rank, dp)) for rank in range(dp)]
         assert len({len(batches) for batches in ranks}) == 1
         assert {batch.input_ids.shape for batches in ranks for batch in batches} == {(micro, S)}
-        assert all(batch.cu_seqlens is None for batches in ranks for batch in batches)
+        assert all(batch.cu_seqlens_kv is None for batches in ranks for batch in batches)
         batches = list(chain(*ranks))
         fillers = torch.cat([batch.sample_index for batch in batches]) < 0
         assert int(fillers.sum()) == -7 % (dp * micro)
@@ -225,11 +363,33 @@ def test_validation_is_the_same_in_every_layout_and_every_time(config_of: Callab
     assert all(other == seen[0] for other in seen)
 
 
+@pytest.mark.parametrize("sequences", [1, 7, 12])
+@pytest.mark.parametrize(("pipeline", "chunks", "multiple"), [(2, 2, 2), (3, 2, 3), (3, 1, 1)])
+def test_validation_fills_up_the_groups_of_the_interleaved_schedule(
+    config_of: Callable[..., Config], pipeline: int, chunks: int, multiple: int, sequences: int
+) -> None:
+    """The least number of micro-batches that the schedule takes, the same on each rank; nothing is lost."""
+    config = config_of(
+        model__num_layers=6,
+        parallel={"pipeline_parallel": pipeline, "virtual_pipeline_parallel": chunks},
+        validation__sequences=sequences,
+    )
+    data = PretrainingData(config)
+    for dp in (1, 2):
+        ranks = [validation_batches(data, config, Place(rank, dp)) for rank in range(dp)]
+        (count,) = {len(batches) for batches in ranks}
+        micro_batches = -(-sequences // (dp * config.training.micro_batch_size))
+        assert count % multiple == 0
+        assert micro_batches <= count < micro_batches + multiple
+        samples = torch.cat([batch.sample_index for batches in ranks for batch in batches])
+        assert sorted(samples[samples >= 0].tolist()) == list(range(sequences))
+
+
 def test_validation_of_a_constant_nll_is_that_constant(config_of: Callable[..., Config]) -> None:
     """t is on a grid and nothing is cut: Σ weights is 1 within the masks' own deviation, Σ (1−p)/(p·S·M²)."""
     config = config_of(validation__sequences=50)
     data = PretrainingData(config)
-    batches = validation_batches(data, config, 0, 1)
+    batches = validation_batches(data, config)
     rows = len(data.validation_rows)
     p = torch.cat([batch.t for batch in batches])
     p = p[torch.cat([batch.sample_index for batch in batches]) >= 0].double()
@@ -240,4 +400,4 @@ def test_validation_of_a_constant_nll_is_that_constant(config_of: Callable[..., 
 
 def test_without_held_out_documents_there_is_no_validation(config_of: Callable[..., Config], tiny_data: Path) -> None:
     config = config_of(data__corpora=[{"path": str(tiny_data / "corpus")}])
-    assert validation_batches(PretrainingData(config), config, 0, 1) == []
+    assert validation_batches(PretrainingData(config), config) == []

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llada_train.config.schema import Config, ParallelConfig
 from llada_train.convert.names import our_names, split
@@ -19,7 +20,7 @@ from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import initial_tensor, shards
 from llada_train.parallel import topology
 
-B, S = 2, 12
+B, S, LAYERS, H, F = 2, 12, 2, 32, 48
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,30 +45,44 @@ class _Initial:
         return initial_tensor(name, self.specs[name], self.seed)
 
 
-@pytest.fixture(scope="module", params=[4, 2, 1], ids=lambda heads: f"kv{heads}")
-def models(request: pytest.FixtureRequest) -> tuple[Config, LLaDATransformer, LLaDAModelLM]:
-    config = Config.model_validate(
+def config_with(kv_heads: int = 2, recompute: str = "none") -> Config:
+    return Config.model_validate(
         {
             "run_dir": "unused",
             "model": {
-                "num_layers": 2,
-                "hidden_size": 32,
+                "num_layers": LAYERS,
+                "hidden_size": H,
                 "num_heads": 4,
-                "num_kv_heads": request.param,
-                "ffn_hidden_size": 48,
+                "num_kv_heads": kv_heads,
+                "ffn_hidden_size": F,
                 "vocab_size": 120,
             },
             "data": {"tokenizer": "unused", "sequence_length": S, "corpora": [{"path": "unused"}]},
             "optimizer": {"learning_rate": [{"until_tokens": 1, "end": 1}]},
-            "training": {"global_batch_size": B, "micro_batch_size": B, "precision": "fp32"},
+            "training": {
+                "global_batch_size": B,
+                "micro_batch_size": B,
+                "precision": "fp32",
+                "recompute": recompute,
+            },
         }
     )
+
+
+def transformer(config: Config) -> LLaDATransformer:
+    """Ours, with its initial weights."""
     weights = _Initial(config)
     ours = LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
     with torch.no_grad():
         for shard in shards(ours, config.model):
             shard.parameter.copy_(shard.of(weights.read(shard.name)))
-    return config, ours, plain_model(weights, config.model)
+    return ours
+
+
+@pytest.fixture(scope="module", params=[4, 2, 1], ids=lambda heads: f"kv{heads}")
+def models(request: pytest.FixtureRequest) -> tuple[Config, LLaDATransformer, LLaDAModelLM]:
+    config = config_with(kv_heads=request.param)
+    return config, transformer(config), plain_model(_Initial(config), config.model)
 
 
 def all_logits_batch(vocab: int, cu_seqlens: Tensor | None = None) -> Batch:
@@ -77,7 +92,8 @@ def all_logits_batch(vocab: int, cu_seqlens: Tensor | None = None) -> Batch:
     return Batch(
         input_ids=torch.randint(0, vocab, (B, S), generator=generator),
         position_ids=torch.arange(S).repeat(B, 1),
-        cu_seqlens=cu_seqlens,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         masked_positions=pairs[:, 0].contiguous(),
         targets=pairs[:, 1].contiguous(),
         loss_weight=torch.rand(len(pairs), generator=generator),
@@ -157,11 +173,12 @@ def test_positions_come_from_the_batch(models: tuple[Config, LLaDATransformer, L
 
 def test_uniform_logits_cost_ln_v(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
     config, ours, _ = models
-    head = ours.head.weight.detach().clone()
+    weight = ours.stages[-1].head.weight
+    kept = weight.detach().clone()
     with torch.no_grad():
-        ours.head.weight.zero_()
+        weight.zero_()
         log_normaliser, target_logit = ours(all_logits_batch(config.model.padded_vocab_size))
-        ours.head.weight.copy_(head)
+        weight.copy_(kept)
     expected = torch.full_like(target_logit, math.log(config.model.padded_vocab_size))
     torch.testing.assert_close(log_normaliser - target_logit, expected)
 
@@ -185,3 +202,118 @@ def test_initial_weights_are_mitchells(models: tuple[Config, LLaDATransformer, L
         assert float(tensor.std()) == pytest.approx(0.98658 * sigma, rel=0.01), name
         assert float(tensor.abs().max()) <= 3 * sigma
     assert torch.equal(initial_tensor("n", specs["decoder.final_layernorm.weight"], 1), torch.ones(256))
+
+
+def mlp_in_fp64(recompute: str = "none") -> torch.nn.Module:
+    """The first layer's MLP: [S, B, H] → ([S, B, H], no bias)."""
+    mlp: torch.nn.Module = transformer(config_with(recompute=recompute)).stages[0].decoder.layers[0].mlp
+    return mlp.double()
+
+
+def hidden_in_fp64() -> Tensor:
+    """[S, B, H], wide enough for silu to curve."""
+    generator = torch.Generator().manual_seed(0)
+    return (3 * torch.randn(S, B, H, generator=generator, dtype=torch.float64)).requires_grad_()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_the_mlp_is_swiglu_under_torchs_own_autograd(recompute: str) -> None:
+    mlp = mlp_in_fp64(recompute)
+    x, x_plain = hidden_in_fp64(), hidden_in_fp64()
+    fc1, fc2 = (w.detach().clone().requires_grad_() for w in (mlp.linear_fc1.weight, mlp.linear_fc2.weight))
+    gate, up = functional.linear(x_plain, fc1[:F]), functional.linear(x_plain, fc1[F:])
+    expected = functional.linear(functional.silu(gate) * up, fc2)
+    found, _ = mlp(x)
+    torch.testing.assert_close(found, expected)
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected.backward(cotangent)
+    found.backward(cotangent)
+    for ours, plain in [(x, x_plain), (mlp.linear_fc1.weight, fc1), (mlp.linear_fc2.weight, fc2)]:
+        assert plain.grad is not None
+        torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_the_mlps_gradient_is_its_derivative() -> None:
+    mlp = mlp_in_fp64()
+    assert torch.autograd.gradcheck(lambda x: mlp(x)[0], hidden_in_fp64()[:2, :1])
+
+
+RECOMPUTE = ["none", "selective", "full"]
+
+
+def batch_with_a_cut_row() -> Batch:
+    cu_seqlens = torch.tensor([0, 7, S, 2 * S], dtype=torch.int32)
+    return all_logits_batch(config_with().model.padded_vocab_size, cu_seqlens)
+
+
+def loss_of(ours: LLaDATransformer, batch: Batch) -> Tensor:
+    log_normaliser, target_logit = ours(batch)
+    return (batch.loss_weight * (log_normaliser - target_logit)).sum()
+
+
+# On a CPU torch's rms_norm is several nodes of the graph. Recomputed, their gradients are added up among themselves
+# before the residual's is added: the same sum in another order, whose last bits differ.
+@pytest.mark.parametrize(("recompute", "rounding"), [("full", 0), ("selective", 2e-6)])
+def test_recomputation_changes_neither_losses_nor_gradients(recompute: str, rounding: float) -> None:
+    """Of two micro-batches, added up. Losses to the bit; `rounding` is relative to each tensor's largest gradient."""
+    batches = [batch_with_a_cut_row(), all_logits_batch(config_with().model.padded_vocab_size)]
+    seen = []
+    for ours in (transformer(config_with(recompute=kind)) for kind in ("none", recompute)):
+        losses = []
+        for batch in batches:
+            loss = loss_of(ours, batch)
+            loss.backward()
+            losses.append(loss.detach())
+        gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
+        seen.append((torch.stack(losses), gradients))
+    (expected, gradients), (losses_again, found) = seen
+    assert torch.equal(losses_again, expected)
+    assert gradients.keys() == found.keys()
+    for name, gradient in gradients.items():
+        again = found[name]
+        assert gradient is not None
+        assert again is not None
+        assert gradient.abs().max() > 0
+        assert (again - gradient).abs().max() <= rounding * gradient.abs().max(), name
+
+
+def kept_for_backward(ours: LLaDATransformer, batch: Batch) -> int:
+    """Bytes that autograd holds between forward and backward, weights aside."""
+    saved: list[torch.UntypedStorage] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(ours, batch)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in ours.parameters()}
+    kept = {storage.data_ptr(): storage.nbytes() for storage in saved}  # what has been dropped since has 0 bytes
+    loss.backward()  # through all of it
+    return sum(nbytes for pointer, nbytes in kept.items() if pointer not in weights)
+
+
+def test_recomputation_keeps_less() -> None:
+    """Selective: of each layer at least both norms' outputs and the MLP's product less. Full: the layers' inputs."""
+    batch = batch_with_a_cut_row()
+    kept = {kind: kept_for_backward(transformer(config_with(recompute=kind)), batch) for kind in RECOMPUTE}
+    position = B * S * torch.float32.itemsize
+    assert kept["none"] - kept["selective"] >= LAYERS * (2 * H + F) * position
+    # Beside its input a layer that is not recomputed keeps at least queries, keys, values and both of the gate's sides.
+    assert kept["selective"] - kept["full"] >= LAYERS * (2 * H + 2 * F) * position
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_evaluation_is_the_same_whatever_is_recomputed(recompute: str) -> None:
+    """Without gradients, before and after a step of training."""
+    batch = batch_with_a_cut_row()
+    ours = transformer(config_with(recompute=recompute))
+    with torch.no_grad():
+        expected = transformer(config_with())(batch)
+        before = ours(batch)
+    loss_of(ours, batch).backward()
+    with torch.no_grad():
+        after = ours(batch)
+    for found in (before, after):
+        assert not found.requires_grad
+        assert torch.equal(found, expected)

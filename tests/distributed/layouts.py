@@ -1,0 +1,118 @@
+"""The layouts of the matrix: a few that meet every feature, and all that exist on up to eight processes."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llada_train.config.schema import Config, check_world_size, cross_section_problems
+
+GLOBAL_BATCH_SIZE = 64  # of fewer rows bf16 gradient norms scatter by more than 2e-3, however one process splits them
+# Layers that no number of stages divides; grouped-query heads, cut up to the number of key-value heads.
+MODEL = {"num_layers": 9, "hidden_size": 128, "num_heads": 8, "num_kv_heads": 4, "ffn_hidden_size": 192}
+
+
+@dataclass(frozen=True)
+class Layout:
+    data_parallel: int = 1
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    virtual_pipeline_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
+    zero_stage: int = 1
+    recompute: str = "none"
+    micro_batch_size: int | None = None  # None: as few micro-batches as fill the pipeline, two at least
+
+    @property
+    def processes(self) -> int:
+        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def name(self) -> str:
+        sizes = {
+            "dp": self.data_parallel,
+            "tp": self.tensor_parallel,
+            "pp": self.pipeline_parallel,
+            "vpp": self.virtual_pipeline_parallel,
+            "cp": self.context_parallel,
+        }
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        parts += ["sp"] * self.sequence_parallel + [f"zero{self.zero_stage}"]
+        parts += [self.recompute] * (self.recompute != "none")
+        parts += [f"mbs{self.micro_batch_size}"] * (self.micro_batch_size is not None)
+        return "-".join(parts)
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The sections of the config that make the layout."""
+        rows = GLOBAL_BATCH_SIZE // self.data_parallel
+        micro_batch_size = self.micro_batch_size or max(1, rows // max(2, self.pipeline_parallel))
+        parallel = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline_parallel", "context_parallel")
+        return {
+            "parallel": {name: getattr(self, name) for name in (*parallel, "sequence_parallel", "zero_stage")},
+            "training": {"recompute": self.recompute, "micro_batch_size": micro_batch_size},
+        }
+
+    @property
+    def overrides(self) -> list[str]:
+        sections = self.settings.items()
+        return [f"{section}.{key}={value}" for section, values in sections for key, value in values.items()]
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the config's rules let it pass."""
+        tree = {
+            "run_dir": "unused",
+            "model": {**MODEL, "vocab_size": 300},
+            "data": {"tokenizer": "unused", "sequence_length": 32, "corpora": [{"path": "unused"}]},
+            "optimizer": {"learning_rate": [{"until_tokens": 1, "end": 1}]},
+            **self.settings,
+        }
+        tree["training"]["global_batch_size"] = GLOBAL_BATCH_SIZE
+        config = Config.model_validate(tree)
+        return not cross_section_problems(config) and not check_world_size(config, self.processes)
+
+
+CHOSEN = [
+    Layout(micro_batch_size=8),
+    Layout(recompute="selective"),
+    Layout(recompute="full"),
+    Layout(2),
+    Layout(2, zero_stage=2, micro_batch_size=8),
+    Layout(2, zero_stage=3, recompute="selective"),
+    Layout(4, zero_stage=3, micro_batch_size=4),
+    Layout(8),
+    Layout(8, zero_stage=2),
+    Layout(tensor_parallel=2),
+    Layout(tensor_parallel=4, sequence_parallel=True, recompute="selective"),
+    Layout(2, tensor_parallel=4),
+    Layout(2, tensor_parallel=2, sequence_parallel=True, zero_stage=2),
+    Layout(4, tensor_parallel=2, sequence_parallel=True, zero_stage=3, recompute="full"),
+    Layout(pipeline_parallel=2, micro_batch_size=4),
+    Layout(2, pipeline_parallel=4),
+    Layout(pipeline_parallel=8),
+    Layout(pipeline_parallel=2, virtual_pipeline_parallel=2),
+    Layout(2, pipeline_parallel=2, virtual_pipeline_parallel=4, recompute="full"),
+    Layout(pipeline_parallel=4, virtual_pipeline_parallel=2),
+    Layout(2, tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
+    Layout(tensor_parallel=2, pipeline_parallel=4, recompute="selective"),
+    Layout(tensor_parallel=4, pipeline_parallel=2, virtual_pipeline_parallel=2, sequence_parallel=True),
+    Layout(context_parallel=2, micro_batch_size=16),
+    Layout(context_parallel=4, zero_stage=3),
+    Layout(2, context_parallel=4, zero_stage=2),
+    Layout(2, tensor_parallel=2, context_parallel=2, sequence_parallel=True, zero_stage=2, recompute="full"),
+    Layout(pipeline_parallel=2, context_parallel=4),
+    Layout(tensor_parallel=2, pipeline_parallel=2, context_parallel=2, sequence_parallel=True, recompute="selective"),
+]
+
+
+def every_layout() -> Iterator[Layout]:
+    """All that fill 1, 2, 4 or 8 processes and that the config's rules let pass; recomputation is met in turn."""
+    powers = (1, 2, 4, 8)
+    grid = itertools.product(powers, powers, powers, powers, powers, (False, True), (1, 2, 3))
+    recompute = itertools.cycle(("none", "selective", "full"))
+    for values in grid:
+        layout = Layout(*values)
+        if layout.processes in powers and layout.accepted:
+            yield replace(layout, recompute=next(recompute))

@@ -1,0 +1,135 @@
+"""What a layout's run is compared with, and how closely it has to agree."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import processes
+import pytest
+import training_run
+from layouts import Layout
+
+from llada_train.checkpoint.reader import Checkpoint
+from llada_train.checkpoint.store import checkpoints
+from llada_train.config.load import load_config
+from llada_train.model.weights import initial_tensor
+
+STEPS = 10
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}  # relative, of losses and gradient norms
+WEIGHT_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # ‖w − w_ref‖ ÷ ‖w_ref − w_0‖
+SUM_TOLERANCE = 1e-6  # of gradient norms between which only the order of fp32 sums differs
+REFERENCE = Layout(micro_batch_size=16)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's ranks together."""
+
+    runs: list[training_run.Run]
+    checkpoint: Path
+
+    @property
+    def first(self) -> training_run.Run:
+        return self.runs[0]
+
+    @cached_property
+    def digests(self) -> dict[tuple[int, int], list[Counter[int]]]:
+        """Of each place in a model copy and each step: sample → digest, summed over the slices of its columns."""
+        summed: dict[tuple[int, int], list[Counter[int]]] = {}
+        for run in self.runs:
+            steps = summed.setdefault(run.model_rank, [Counter() for _ in run.digests])
+            for step, digests in zip(steps, run.digests, strict=True):
+                for sample, digest in digests.items():
+                    step[sample] = (step[sample] + digest) % 2**64
+        return summed
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Largest relative differences from one process."""
+
+    losses: float
+    norms: float
+    validation: float
+    weights: float
+
+
+class Matrix:
+    """Runs layouts in one precision and compares them with one process."""
+
+    def __init__(self, config: Path, precision: str, folder: Path) -> None:
+        self.config, self._precision, self._folder = config, precision, folder
+        self.deviations: dict[Layout, Deviation] = {}
+        self._reference = cache(self._run_reference)
+
+    def run(self, layout: Layout, *overrides: str, fault: str | None = None, steps: int = STEPS) -> Outcome:
+        folder = self._folder / "-".join([layout.name, *overrides, str(fault), str(steps)])
+        settings = [f"training.precision={self._precision}", *layout.overrides, *overrides]
+        runs = processes.run(
+            layout.processes, training_run.train, self.config, settings, steps, folder if steps == STEPS else None, fault
+        )
+        return Outcome(runs, folder)
+
+    def check(self, layout: Layout, outcome: Outcome, *overrides: str) -> None:
+        """Assert that the run is one process's run."""
+        found, expected = outcome.first, self._reference(REFERENCE, overrides)
+        for place, digests in outcome.digests.items():
+            assert digests == expected.digests[0, 0], f"noise, targets or weights differ at {place}"
+        deviation = Deviation(
+            losses=_furthest(found.losses, expected.first.losses),
+            norms=_furthest(found.norms, expected.first.norms),
+            validation=_furthest([found.validation], [expected.first.validation]),
+            weights=self._weights(outcome, expected),
+        )
+        if not overrides:
+            self.deviations[layout] = deviation
+        tolerance = TOLERANCE[self._precision]
+        assert max(deviation.losses, deviation.norms, deviation.validation) <= tolerance, deviation
+        assert deviation.weights <= WEIGHT_TOLERANCE[self._precision], deviation
+        for step, bounds in zip(found.bounds_by_t, expected.first.bounds_by_t, strict=True):
+            assert _no_row_is_0(step) == pytest.approx(_no_row_is_0(bounds), rel=5 * tolerance)
+        if layout.processes == layout.data_parallel:  # the same kernels on the same micro-batches
+            micro_batch_size = layout.settings["training"]["micro_batch_size"]
+            same = self._reference(Layout(micro_batch_size=micro_batch_size), overrides, 1)
+            assert found.norms[0] == pytest.approx(same.first.norms[0], rel=SUM_TOLERANCE), "not summed in fp32"
+
+    def _run_reference(self, layout: Layout, overrides: tuple[str, ...], steps: int = STEPS) -> Outcome:
+        return self.run(layout, *overrides, steps=steps)
+
+    def _weights(self, found: Outcome, expected: Outcome) -> float:
+        seed = load_config(self.config).seed
+        moved = deviation = 0.0
+        with (
+            Checkpoint(checkpoints(found.checkpoint)[-1]) as ours,
+            Checkpoint(checkpoints(expected.checkpoint)[-1]) as reference,
+        ):
+            for tensor, spec in ours.specs.items():
+                value = reference.read(tensor)
+                moved += float((value - initial_tensor(tensor, spec, seed)).square().sum())
+                deviation += float((ours.read(tensor) - value).square().sum())
+        return (deviation / moved) ** 0.5
+
+
+def _no_row_is_0(bounds: list[float | None]) -> list[float]:
+    return [bound or 0.0 for bound in bounds]
+
+
+def _furthest(found: list[float], expected: list[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+
+
+def table(matrices: dict[str, Matrix]) -> str:
+    """A Markdown table: the largest relative difference of each layout, in each precision."""
+    lines = [
+        "| layout | processes | " + " | ".join(f"{p} losses | {p} norms | {p} weights" for p in matrices) + " |",
+        "|---|---" + "|---" * (3 * len(matrices)) + "|",
+    ]
+    layouts = dict.fromkeys(layout for matrix in matrices.values() for layout in matrix.deviations)
+    for layout in layouts:
+        cells = [layout.name, str(layout.processes)]
+        for matrix in matrices.values():
+            found = matrix.deviations.get(layout)
+            cells += ["–"] * 3 if found is None else [f"{x:.0e}" for x in (found.losses, found.norms, found.weights)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
