@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llada_train.parallel.engine import Engine
 
 CONFIG = ROOT / "configs/pretrain/demo.yaml"
-WARMUP_STEPS = 2
+WARMUP_STEPS = 1
 LEARNING_RATE = 1e-3
 QUIET = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "6"}
 LOSS_TOLERANCE = 1e-2  # relative, at every step
@@ -54,6 +54,13 @@ MODEL = {
     "vocab_size": 8192,
     "max_sequence_length": 256,
 }
+# Where DeepSpeed's three wrappers keep gradients: bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py.
+GRADIENT_BUFFERS = (
+    "fp32_groups_gradients_flat",
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_partitions_flat_buffer",
+)
 GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 8, 1
 
 ZERO2, ZERO3 = "parallel.zero_stage=2", "parallel.zero_stage=3"
@@ -126,9 +133,9 @@ class Rank:
     bytes: dict[str, int]  # CAUSES and "other"
     kept_gradients: int  # bytes of gradients after the step
     predicted: dict[str, float]  # CAUSES
+    peak_tensors: int  # of all tensors in a step, touched or not: what an accelerator would have to have
     peak_building: int  # resident bytes above the level after imports and process-group start
     peak_step: int
-    peak_tensors: int  # of all tensors in a step, touched or not: what an accelerator would have to have
     wall: list[float]
     cpu: list[float]
     losses: list[float]
@@ -186,14 +193,14 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     here = topology.initialize(config.parallel)
     size = config.training.global_batch_size
     loader = TrainingLoader(PretrainingData(config), config, here.place)
-    batches = [loader.global_batch(i * size) for i in range(WARMUP_STEPS + steps + 2)]
+    batches = [loader.global_batch(i * size) for i in range(WARMUP_STEPS + steps + 1)]
 
     peak = _PeakMemory()
     engine = Engine(config, here)
     engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
     building = peak.above_level()
     wall_seconds, cpu_seconds, losses = [], [], []
-    for i, global_batch in enumerate(batches[:-2]):
+    for i, global_batch in enumerate(batches[:-1]):
         if i == WARMUP_STEPS:
             peak.reset()
         wall, cpu = time.perf_counter(), time.process_time()
@@ -202,6 +209,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         cpu_seconds.append(time.process_time() - cpu)
     in_step = peak.above_level()
 
+    kept = live_bytes(engine)
     update, counted = engine._engine.step, {}
 
     def count_and_update() -> None:
@@ -209,13 +217,11 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         update()
 
     engine._engine.step = count_and_update
-    engine.train_step(batches[-2], LEARNING_RATE)
-    engine._engine.step = update
-    kept = live_bytes(engine)
+    growth = _growth(lambda: engine.train_step(batches[-1], LEARNING_RATE))
     result = {
         "bytes": counted,
         "kept_gradients": kept["gradients"],
-        "peak_tensors": sum(kept.values()) + _growth(lambda: engine.train_step(batches[-1], LEARNING_RATE)),
+        "peak_tensors": sum(kept.values()) + growth,
         "predicted": predicted_bytes(config, here.world_size, parallel_state.get_pipeline_model_parallel_rank()),
         "peak_building": building,
         "peak_step": in_step,
@@ -280,15 +286,6 @@ def live_bytes(engine: "Engine") -> dict[str, int]:
                 seen.add(storage.data_ptr())
                 found[cause] += storage.nbytes()
     return dict(found)
-
-
-# Where DeepSpeed's three wrappers keep gradients: bf16_optimizer.py, zero/stage_1_and_2.py, zero/stage3.py.
-GRADIENT_BUFFERS = (
-    "fp32_groups_gradients_flat",
-    "averaged_gradients",
-    "all_grad_tensors",
-    "grad_partitions_flat_buffer",
-)
 
 
 def _tensors(holder: Any) -> Iterator["Tensor"]:
@@ -516,7 +513,7 @@ def _header(arguments: argparse.Namespace, picture: str) -> str:
 {model.num_layers} layers, hidden size {model.hidden_size}, {parameter_count(model):,} parameters, bf16, rows of
 {config.data.sequence_length} tokens, {training.global_batch_size} rows per step in micro-batches of
 {training.micro_batch_size}, no cut rows. Every layout lost the same as one process at every step, within
-{LOSS_TOLERANCE:.0%}. Processes of one thread; medians of {arguments.steps} steps after {WARMUP_STEPS} others.
+{LOSS_TOLERANCE:.0%}. Processes of one thread; medians of {arguments.steps} steps after the first.
 
 ![memory by layout]({picture})
 
@@ -527,7 +524,8 @@ of a step, also of pages that are never touched, as an accelerator has to. Resid
 imports, and holds what the C library has not given back.
 
 With more processes than cores, seconds per step compare with each other only; the CPU time of all processes ÷ that of
-one process is what shows wasted work. Waiting is 1 − CPU ÷ clock time; the bubble is (p − 1) ÷ (m·v + p − 1) for p
+one process is what shows wasted work. ZeRO 2 and 3 send every gradient after every micro-batch, which is small here.
+Waiting is 1 − CPU ÷ clock time; the bubble is (p − 1) ÷ (m·v + p − 1) for p
 stages, m micro-batches, v chunks.
 
 {machine_and_versions()}
