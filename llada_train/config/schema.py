@@ -306,7 +306,7 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
     if training.global_batch_size % rows:
         fitting = -(-training.global_batch_size // rows) * rows
         interleaved = (
-            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many micro-batches "
+            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes so many micro-batches "
             "at a time)"
             if parallel.micro_batch_multiple > 1
             else ""

@@ -12,8 +12,9 @@ class Batch:
     """One micro-batch of B rows and S columns with K masked positions (padding included).
 
     Under context parallelism S counts the columns of this rank's slice, and attention reads the keys of whole rows, of
-    S' = S × ranks columns; without it S' = S. K is at least 1 and a multiple of 256; the padding repeats position 0 with
-    weight 0. All of it is made on the host, so that the device never has to be asked how many positions are masked.
+    S' = S × ranks columns; without it S' = S. K is at least 1 and a multiple of 256; the padding repeats position 0
+    with weight 0. All of it is made on the host, so that the device never has to be asked how many positions are
+    masked.
     """
 
     input_ids: Tensor  # [B, S] int64, noised

@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """What one process reads of a global batch: one of equal blocks of its rows, one of equal slices of their columns."""
+    """What one process reads of a global batch: a block of its rows, a slice of their columns, all equally large."""
 
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
@@ -42,9 +42,7 @@ class Place:
 ALONE = Place()
 
 
-def collate(
-    rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int, place: Place = ALONE
-) -> Batch:
+def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int, place: Place = ALONE) -> Batch:
     """B rows, padded at the end to `sequence_length` → a Batch of this place's S columns of them.
 
     A row's padding is a segment of its own: no token attends to it and no loss reads it.

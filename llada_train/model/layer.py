@@ -19,9 +19,7 @@ class TransformerLayer(transformer_layer.TransformerLayer):
     def forward(self, hidden_states: Tensor, *, packed_seq_params: AttentionInputs, **_: Any) -> tuple[Tensor, None]:
         selective = self.config.recompute_granularity == "selective"
         normed = _Intermediate(self.input_layernorm, hidden_states, selective)
-        attended, _bias = self.self_attention(
-            normed.value, attention_mask=None, packed_seq_params=packed_seq_params
-        )
+        attended, _bias = self.self_attention(normed.value, attention_mask=None, packed_seq_params=packed_seq_params)
         normed.release(attended)
         hidden = hidden_states + attended
 

@@ -31,6 +31,8 @@ from llada_train.parallel.replicas import check_replicas
 from llada_train.parallel.topology import Topology
 from llada_train.parallel.zero import FlatPartition, Fragment, ParameterPartition
 
+# Elements that ZeRO 2 and 3 reduce at once. DeepSpeed's default of 5e8 is a buffer of 2 GB, which ZeRO 3 never frees.
+BUCKET = 50_000_000
 T_BUCKETS = 10  # equal ranges of the mask probability over which the bound is reported
 
 
@@ -128,7 +130,7 @@ class Engine:
                 "train_micro_batch_size_per_gpu": self.config.training.micro_batch_size,
                 "gradient_accumulation_steps": 1,  # accumulation is megatron-core's
                 "gradient_clipping": optimizer.gradient_clipping,
-                "zero_optimization": {"stage": self._zero_stage},
+                "zero_optimization": {"stage": self._zero_stage, "reduce_bucket_size": BUCKET},
                 "bf16": {"enabled": self.bf16, "immediate_grad_update": self._adds_gradients_in_hooks},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",  # the default rounds gradients to bf16 on the wire
@@ -165,7 +167,8 @@ class Engine:
         if self._adds_gradients_in_hooks:
             losses = self._run(batches, self.model, nullcontext())
             self._engine.set_gradient_accumulation_boundary(True)
-            self._engine.allreduce_gradients()
+            # Reduces its two buffers, of matrices and of norms, as they are; a larger bucket would copy them together.
+            self._engine.allreduce_gradients(bucket_size=1)
         elif self._zero_stage == 1:
             losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
         else:

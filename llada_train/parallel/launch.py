@@ -6,13 +6,17 @@ few lines that start local processes are ours.
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
+
+from llada_train.config.errors import UserError
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_SECONDS = 10.0
@@ -20,9 +24,12 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is save
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody uses, below those that the system hands out to connections: none can take it meanwhile."""
+    for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise UserError("none of 100 ports between 10000 and 32767 is free on this machine; stop what holds them")
 
 
 def launch_local(processes: int, command: Sequence[str]) -> int:

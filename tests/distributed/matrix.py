@@ -67,7 +67,13 @@ class Matrix:
         folder = self._folder / "-".join([layout.name, *overrides, str(fault), str(steps)])
         settings = [f"training.precision={self._precision}", *layout.overrides, *overrides]
         runs = processes.run(
-            layout.processes, training_run.train, self.config, settings, steps, folder if steps == STEPS else None, fault
+            layout.processes,
+            training_run.train,
+            self.config,
+            settings,
+            steps,
+            folder if steps == STEPS else None,
+            fault,
         )
         return Outcome(runs, folder)
 

@@ -13,7 +13,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.parametrize("precision", TOLERANCE)
 def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: str, layout: Layout) -> None:
-    """Losses, gradient norms, the bound by t, validation, final weights; noise, targets and loss weights bit for bit."""
+    """Losses, gradient norms, bound by t, validation, final weights; noise, targets and loss weights bit for bit."""
     matrices[precision].check(layout, matrices[precision].run(layout))
 
 

@@ -64,7 +64,10 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
                 state.update(tensor.numpy().tobytes())
         if checkpoints is not None:
             save(checkpoints, engine, config, Progress(steps, steps * size), keep=1)
-    tensor, pipeline = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
     topology.shutdown()
     return Run(
         losses=[losses.loss for losses, _ in results],
