@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test soak check bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
@@ -19,14 +19,18 @@ demo: $(INSTALLED) ## Text to tokens to a trained model that fills in masks, in 
 test: $(INSTALLED) ## Run every test
 	$(BIN)/pytest
 
+soak: $(INSTALLED) ## The layout matrix over every layout of up to 8 processes: an hour on two cores
+	$(BIN)/pytest tests/distributed/test_layouts.py --every-layout
+
 check: $(INSTALLED) ## Lint, format, types, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## Speed and memory of the engine against a plain PyTorch loop
+bench: $(INSTALLED) ## Speed and memory of the engine against a plain PyTorch loop, and of layouts against arithmetic
 	$(BIN)/python benchmarks/engine_vs_plain.py
+	$(BIN)/python benchmarks/layouts.py
 
 clean: ## Remove what the commands above made, .venv and runs/demo included
 	rm -rf $(VENV) runs/demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

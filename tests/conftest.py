@@ -91,7 +91,7 @@ def matrices(
     """The layout matrix of each precision; what it has compared is written as a table in the end."""
     import processes
     from layouts import GLOBAL_BATCH_SIZE, MODEL
-    from matrix import TOLERANCE, Matrix, table
+    from matrix import TOLERANCE, Matrix, report
 
     processes.start()
     folder = tmp_path_factory.mktemp("layouts")
@@ -104,7 +104,7 @@ def matrices(
         path = ROOT / f"benchmarks/results/layout_matrix_{date.today().isoformat()}.md"
     if any(matrix.deviations for matrix in matrices.values()):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"{table(matrices)}\n", encoding="utf-8")
+        path.write_text(report(matrices), encoding="utf-8")
 
 
 @pytest.fixture

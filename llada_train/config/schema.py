@@ -145,7 +145,7 @@ class TrainingConfig(Section):
     replica_check_interval_steps: PositiveInt | None = Field(
         default=None,
         description="steps between checks that parameters of which several ranks hold copies are equal bit for bit; "
-        "where it divides checkpoint.interval_steps no checkpoint is saved unchecked; none: never",
+        "none: never",
     )
 
 

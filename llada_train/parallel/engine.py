@@ -157,10 +157,16 @@ class Engine:
         """Views of the optimizer state that this rank owns; writing to them changes the state."""
         return self._state.fragments(self.shards)
 
-    def train_step(self, batches: list[Batch], learning_rate: float) -> tuple[Losses, float]:
+    def train_step(
+        self, batches: list[Batch], learning_rate: float, check_as: int | None = None
+    ) -> tuple[Losses, float]:
         """One optimizer step on this rank's micro-batches of a global batch: (losses, gradient norm before clipping).
 
-        Every rank of a model copy passes the same batches.
+        Every rank of a model copy passes the same batches. `check_as`: compare all copies of the parameters before the
+        update, and give the step this number if they differ.
+
+        Raises:
+            UserError: they differ; nothing is updated.
         """
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -173,6 +179,8 @@ class Engine:
             losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
         else:
             losses = self._run(batches, self._engine, nullcontext())
+        if check_as is not None:
+            check_replicas(self.shards, check_as)
         self._engine.step()
         return losses, float(self._engine.get_global_grad_norm())
 
@@ -182,10 +190,6 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(False)
         yield
         self._engine.set_gradient_accumulation_boundary(True)
-
-    def check_replicas(self, step: int) -> None:
-        """Raise UserError, on every rank, if copies of a parameter on several ranks are not equal bit for bit."""
-        check_replicas(self.shards, step)
 
     def evaluate(self, batches: list[Batch]) -> Losses:
         """The losses of a global batch, without gradients."""

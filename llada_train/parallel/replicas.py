@@ -3,10 +3,10 @@
 All ranks of data × context parallelism hold copies of each parameter; of those that tensor parallelism does not cut
 (norms), so do all tensor-parallel ranks. ZeRO 3 leaves whole only what DeepSpeed calls persistent: small parameters.
 
-The optimizer step writes all weights anew from the fp32 masters, each of which one rank of data × context parallelism
-owns. So a weight's bit that flips once spoils the gradients of one step and is gone; what a check after a step finds
-are faults that stay: bad memory, copies that the step's gather does not reach, and, where tensor-parallel ranks each
-have a master (of norms), masters that went apart.
+The time for it is after backward and before the update, which writes all weights anew from the fp32 masters, each of
+which one rank of data × context parallelism owns: a bit that has flipped in a weight since the last update has spoilt
+this step's gradients by then, and after the update it would be gone. A bit that flips in a master reaches all copies
+and stays unseen, but where tensor-parallel ranks each have one (of norms).
 """
 
 from collections import Counter
@@ -94,11 +94,10 @@ def _message(step: int, differing: dict[str, set[int]]) -> str:
     named = [f"{name} (on {_ranks(ranks)})" for name, ranks in list(differing.items())[:_NAMED]]
     more = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
     return (
-        f"step {step}: copies of parameters are not equal bit for bit: {', '.join(named)}{more}; the run stops, and "
-        f"this step is not saved. The machine of {_ranks(set().union(*differing.values()))} is suspect (where no "
-        "majority agrees, all that hold a copy are named): check its memory and GPU. Then go on from the last "
-        "checkpoint that is not newer than the check before this one: move newer ones out of the run's folder and run "
-        "the same command again"
+        f"step {step}: copies of parameters are not equal bit for bit: {', '.join(named)}{more}; the run stops before "
+        f"the update. The machine of {_ranks(set().union(*differing.values()))} is suspect (where no majority agrees, "
+        "all that hold a copy are named): check its memory and GPU. Then go on from the last checkpoint that is not "
+        "newer than the check before this one: move newer ones out of the run's folder and run the same command again"
     )
 
 

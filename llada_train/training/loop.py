@@ -60,12 +60,11 @@ class Trainer:
                 batches = next(global_batches)
                 data_wait = time.perf_counter() - started
                 rate = learning_rate(config.optimizer.learning_rate, self._tokens(), self._tokens_per_step())
-                losses, gradient_norm = self.engine.train_step(batches, rate)
+                losses, gradient_norm = self.engine.train_step(batches, rate, self._check_as())
                 self._advance()
                 self._refuse_non_finite(losses.loss, gradient_norm)
                 interval.add(losses, time.perf_counter() - started, data_wait)
                 stopping = self.stop.agreed(self.engine.topology.device)
-                self._check_replicas(stopping)
                 if stopping or self._due(config.logging.interval_steps):
                     self._report(interval, rate, gradient_norm)
                     interval = _Interval()
@@ -105,14 +104,10 @@ class Trainer:
             "learning rate"
         )
 
-    def _check_replicas(self, stopping: bool) -> None:
-        """Before this step is saved: a checkpoint keeps one of the copies, so that no later check finds the fault.
-
-        After non-finite values were refused: ranks may write the bits of a NaN differently.
-        """
-        interval = self.config.training.replica_check_interval_steps
-        if interval is not None and (stopping or self._due(interval)):
-            self.engine.check_replicas(self.progress.step)
+    def _check_as(self) -> int | None:
+        """The number of the step to come, if its ranks are to compare their copies of the parameters."""
+        interval, step = self.config.training.replica_check_interval_steps, self.progress.step + 1
+        return step if interval is not None and step % interval == 0 else None
 
     def _report(self, interval: _Interval, rate: float, gradient_norm: float) -> None:
         if self.log is None:

@@ -44,6 +44,17 @@ class Layout:
         return "-".join(parts)
 
     @property
+    def kind(self) -> str:
+        """Which kinds of parallelism it has."""
+        sizes = {
+            "DP": self.data_parallel,
+            "TP": self.tensor_parallel,
+            "PP": self.pipeline_parallel,
+            "CP": self.context_parallel,
+        }
+        return " × ".join(kind for kind, size in sizes.items() if size > 1) or "one process"
+
+    @property
     def settings(self) -> dict[str, dict[str, Any]]:
         """The sections of the config that make the layout."""
         rows = GLOBAL_BATCH_SIZE // self.data_parallel

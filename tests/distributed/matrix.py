@@ -125,17 +125,25 @@ def _furthest(found: list[float], expected: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
 
 
-def table(matrices: dict[str, Matrix]) -> str:
-    """A Markdown table: the largest relative difference of each layout, in each precision."""
-    lines = [
-        "| layout | processes | " + " | ".join(f"{p} losses | {p} norms | {p} weights" for p in matrices) + " |",
-        "|---|---" + "|---" * (3 * len(matrices)) + "|",
-    ]
-    layouts = dict.fromkeys(layout for matrix in matrices.values() for layout in matrix.deviations)
+def report(matrices: dict[str, Matrix]) -> str:
+    """Markdown: the largest relative differences from one process, by kind of parallelism and then of each layout."""
+    layouts = list(dict.fromkeys(layout for matrix in matrices.values() for layout in matrix.deviations))
+    kinds: dict[str, list[Layout]] = {}
     for layout in layouts:
-        cells = [layout.name, str(layout.processes)]
+        kinds.setdefault(layout.kind, []).append(layout)
+    tables = [{kind: kinds[kind] for kind in sorted(kinds, key=len)}, {layout.name: [layout] for layout in layouts}]
+    return "\n\n".join(_table(groups, matrices) for groups in tables) + "\n"
+
+
+def _table(groups: dict[str, list[Layout]], matrices: dict[str, Matrix]) -> str:
+    quantities = ("losses", "norms", "weights")
+    columns = ["layout", "layouts", "processes", *(f"{p} {name}" for p in matrices for name in quantities)]
+    rows = [columns, ["---"] * len(columns)]
+    for name, layouts in groups.items():
+        processes = sorted({layout.processes for layout in layouts})
+        cells = [name, str(len(layouts)), ", ".join(map(str, processes))]
         for matrix in matrices.values():
-            found = matrix.deviations.get(layout)
-            cells += ["–"] * 3 if found is None else [f"{x:.0e}" for x in (found.losses, found.norms, found.weights)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            found = [matrix.deviations[layout] for layout in layouts if layout in matrix.deviations]
+            cells += [f"{max(getattr(one, name) for one in found):.0e}" if found else "–" for name in quantities]
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

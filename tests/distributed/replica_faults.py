@@ -1,5 +1,6 @@
 """Copies of parameters damaged on one of N processes, and what the check between ranks says of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from llada_train.data.rows import PretrainingData  # noqa: E402
 from llada_train.model.sizes import MASTER  # noqa: E402
 from llada_train.model.weights import initial_tensor  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
+from llada_train.parallel.replicas import check_replicas  # noqa: E402
 
 STEPS = 2
 
@@ -28,37 +30,45 @@ class Damage:
     kind: Literal["flip", "flip master", "swap"] = "flip"
 
 
-def verdicts(config_file: Path, overrides: list[str], damages: list[Damage], a_step_later: bool) -> list[str | None]:
-    """What the check says on this rank: of the sound state after STEPS steps, then of each damage alone.
-
-    `a_step_later`: the check comes after one more step with the damage, which is not undone.
-    """
+def verdicts(config_file: Path, overrides: list[str], damages: list[Damage]) -> list[str | None]:
+    """What the check of step STEPS says on this rank: of the sound state, then of each damage alone."""
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
     engine = Engine(config, here)
     engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
     loader = TrainingLoader(PretrainingData(config), config, here.place)
 
-    def step(number: int) -> None:
-        engine.train_step(loader.global_batch(number * config.training.global_batch_size), 1e-3)
-
     for number in range(STEPS):
-        step(number)
+        engine.train_step(loader.global_batch(number * config.training.global_batch_size), 1e-3, number)
     found = [_verdict(engine)]
     for damage in damages:
         _apply(engine, damage, here.rank)
-        if a_step_later:
-            step(STEPS)
         found.append(_verdict(engine))
-        if not a_step_later:
-            _apply(engine, damage, here.rank)  # done twice, each is undone
+        _apply(engine, damage, here.rank)  # done twice, each is undone
+    topology.shutdown()
+    return found
+
+
+def damaged_step(config_file: Path, damage: Damage, steps: int) -> list[str | None]:
+    """What each of so many steps with a check says, of damage done before the first."""
+    config = load_config(config_file, ["parallel.tensor_parallel=2"], topology.world_size())
+    here = topology.initialize(config.parallel)
+    engine = Engine(config, here)
+    engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    batches = TrainingLoader(PretrainingData(config), config, here.place).global_batch(0)
+    _apply(engine, damage, here.rank)
+    found = [_said(lambda: engine.train_step(batches, 1e-3, STEPS)) for _ in range(steps)]
     topology.shutdown()
     return found
 
 
 def _verdict(engine: Engine) -> str | None:
+    return _said(lambda: check_replicas(engine.shards, STEPS))
+
+
+def _said(action: Callable[[], object]) -> str | None:
     try:
-        engine.check_replicas(STEPS)
+        action()
     except UserError as error:
         return str(error)
     return None

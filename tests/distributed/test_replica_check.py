@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replica_faults import STEPS, Damage, verdicts
+from replica_faults import STEPS, Damage, damaged_step, verdicts
 
 from llada_train.checkpoint.writer import Progress
 from llada_train.config.errors import UserError
@@ -56,7 +56,7 @@ def test_only_damaged_copies_are_found_and_named(
     make_config: Callable[..., Path], ranks: int, overrides: list[str], damages: dict[Damage, tuple[str, str] | None]
 ) -> None:
     """And every rank says the same, so that none waits for another. Slices of a matrix are not copies."""
-    found = processes.run(ranks, verdicts, make_config(), overrides, list(damages), False)
+    found = processes.run(ranks, verdicts, make_config(), overrides, list(damages))
     assert all(said == found[0] for said in found)
     sound, *said = found[0]
     assert sound is None
@@ -72,17 +72,19 @@ def test_only_damaged_copies_are_found_and_named(
 
 def test_a_long_list_is_cut(make_config: Callable[..., Path]) -> None:
     names = tuple(f"decoder.layers.{i}.mlp.linear_fc{n}.weight" for i in range(4) for n in (1, 2))
-    found = processes.run(2, verdicts, make_config(), [], [Damage(0, names)], False)
+    found = processes.run(2, verdicts, make_config(), [], [Damage(0, names)])
     message = found[0][1]
     assert [name for name in names if name in message] == list(names[:5])
     assert " and 3 more; " in message
 
 
-def test_a_step_mends_weights_but_not_what_they_are_written_from(make_config: Callable[..., Path]) -> None:
-    weight, master = Damage(1, (NORM,)), Damage(1, (NORM,), "flip master")
-    after_weight, after_master = processes.run(2, verdicts, make_config(), [TP2], [weight, master], True)[0][1:]
-    assert after_weight is None
-    assert after_master is not None and f"bit for bit: {NORM} (on ranks 0, 1); " in after_master
+def test_a_flipped_weight_is_found_in_the_step_that_it_spoils(make_config: Callable[..., Path]) -> None:
+    """And a norm's master on one tensor-parallel rank in the step after."""
+    found = processes.run(2, damaged_step, make_config(), Damage(1, (NORM,)), 1)[0]
+    assert found[0] is not None and f"bit for bit: {NORM} (on ranks 0, 1); the run stops before the update" in found[0]
+    before, after = processes.run(2, damaged_step, make_config(), Damage(1, (NORM,), "flip master"), 2)[0]
+    assert before is None
+    assert after is not None and NORM in after
 
 
 def wrapped(number: int) -> int:
@@ -141,25 +143,17 @@ def test_a_whole_tensor_of_ones_is_not_one_of_zeros() -> None:
     assert len({digest_of(ones), digest_of(ones * 0), digest_of(ones * 2), digest_of(-ones)}) == 4
 
 
-@pytest.mark.parametrize("interval, stop_at, checked", [(2, None, [2, 4, 6, 8, 10]), (4, 6, [4, 6]), (None, None, [])])
-def test_the_check_comes_before_the_step_is_saved(
-    make_config: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    interval: int | None,
-    stop_at: int | None,
-    checked: list[int],
+@pytest.mark.parametrize(("interval", "checked"), [(2, [2, 4, 6, 8, 10]), (4, [4, 8]), (None, [])])
+def test_the_loop_checks_every_so_many_steps(
+    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, interval: int | None, checked: list[int]
 ) -> None:
-    """Every so many steps, and at the end of a session, whose last checkpoint the next one goes on from."""
-    trainer, events = trainer_of_ten_steps(make_config, monkeypatch, interval, stop_at)
+    trainer, events = trainer_of_ten_steps(make_config, monkeypatch, interval)
     trainer.train()
     assert [step for what, step in events if what == "check"] == checked
-    for step in checked:
-        assert ("save", step) not in events or events.index(("check", step)) < events.index(("save", step))
-    assert (events[-1][0], events[-1][1]) == ("save", stop_at or 10)
 
 
 def test_a_damaged_step_is_not_saved(make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, events = trainer_of_ten_steps(make_config, monkeypatch, 2, None, damaged_at=4)
+    trainer, events = trainer_of_ten_steps(make_config, monkeypatch, 2, damaged_at=4)
     with pytest.raises(UserError, match="damaged"):
         trainer.train()
     assert events == [("check", 2), ("save", 2), ("check", 4)]
@@ -169,7 +163,6 @@ def trainer_of_ten_steps(
     make_config: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     interval: int | None,
-    stop_at: int | None,
     damaged_at: int | None = None,
 ) -> tuple[Trainer, list[tuple[str, int]]]:
     """The loop over an engine that does nothing, and the list of what it will have called, with the step."""
@@ -177,10 +170,12 @@ def trainer_of_ten_steps(
     config = load_config(path, [])
     events: list[tuple[str, int]] = []
 
-    def check(step: int) -> None:
-        events.append(("check", step))
-        if step == damaged_at:
+    def train_step(batches: list[Any], rate: float, check_as: int | None) -> tuple[Losses, float]:
+        if check_as is not None:
+            events.append(("check", check_as))
+        if check_as is not None and check_as == damaged_at:
             raise UserError("damaged")
+        return Losses.none(), 1.0
 
     def save(root: Path, engine: Any, config: Any, progress: Progress, keep: int) -> None:
         events.append(("save", progress.step))
@@ -189,11 +184,7 @@ def trainer_of_ten_steps(
         while True:
             yield []
 
-    engine = SimpleNamespace(
-        train_step=lambda batches, rate: (Losses.none(), 1.0),
-        check_replicas=check,
-        topology=SimpleNamespace(device=torch.device("cpu")),
-    )
+    engine = SimpleNamespace(train_step=train_step, topology=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(loop, "save", save)
     trainer = Trainer(
         config=config,
@@ -202,7 +193,7 @@ def trainer_of_ten_steps(
         validation=[],
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
         log=None,
-        stop=SimpleNamespace(agreed=lambda device: trainer.progress.step == stop_at),  # type: ignore[arg-type]
+        stop=SimpleNamespace(agreed=lambda device: False),  # type: ignore[arg-type]
         progress=Progress(0, 0),
     )
     return trainer, events
