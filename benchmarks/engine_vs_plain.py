@@ -93,11 +93,12 @@ def engine_step(config: Config) -> TrainStep:
     from llada_train.parallel import topology
 
     topology.quiet_engines()
-    from llada_train.model.weights import initial_tensor
+    from llada_train.model.weights import InitialWeights
     from llada_train.parallel.engine import Engine
 
     engine = Engine(config, topology.initialize(config.parallel))
-    engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    initial = InitialWeights(config.model, config.seed)
+    engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     return lambda batches: engine.train_step(batches, LEARNING_RATE)[0].loss
 
 
@@ -107,19 +108,9 @@ def plain_step(config: Config) -> TrainStep:
     from torch.nn import functional as F
 
     from llada_train.convert.plain import plain_model
-    from llada_train.model.sizes import tensor_specs
-    from llada_train.model.weights import initial_tensor
+    from llada_train.model.weights import InitialWeights
 
-    class InitialWeights:
-        specs = tensor_specs(config.model)
-
-        def names(self) -> list[str]:
-            return list(self.specs)
-
-        def read(self, name: str) -> torch.Tensor:
-            return initial_tensor(name, self.specs[name], config.seed)
-
-    model = plain_model(InitialWeights(), config.model).train()
+    model = plain_model(InitialWeights(config.model, config.seed), config.model).train()
     settings = config.optimizer
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},

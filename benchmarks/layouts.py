@@ -187,7 +187,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
     from llada_train.data.loader import TrainingLoader
     from llada_train.data.rows import PretrainingData
-    from llada_train.model.weights import initial_tensor
+    from llada_train.model.weights import InitialWeights
     from llada_train.parallel.engine import Engine
 
     here = topology.initialize(config.parallel)
@@ -197,7 +197,8 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
     peak = _PeakMemory()
     engine = Engine(config, here)
-    engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    initial = InitialWeights(config.model, config.seed)
+    engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     building = peak.above_level()
     wall_seconds, cpu_seconds, losses = [], [], []
     for i, global_batch in enumerate(batches[:-1]):

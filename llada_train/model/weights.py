@@ -67,14 +67,20 @@ def _global_names(stage: Stage) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield ".".join(parts), parameter
 
 
-def initial_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:
-    """The global tensor's initial fp32 value, a function of seed and name alone: the same in every layout.
+class InitialWeights:
+    """LLaDA's initialisation as named global tensors, a function of seed and name alone: the same in every layout."""
 
-    Normal with the table's σ, truncated at ±3σ (released config: `init_fn: mitchell`); norms are 1.
-    """
-    if spec.init_std is None:
-        return torch.ones(spec.shape)
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 1
-    generator = torch.Generator().manual_seed(key)
-    std = spec.init_std
-    return torch.nn.init.trunc_normal_(torch.empty(spec.shape), 0.0, std, -3 * std, 3 * std, generator=generator)
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        self._specs, self._seed = tensor_specs(model), seed
+
+    def names(self) -> list[str]:
+        return list(self._specs)
+
+    def read(self, name: str) -> Tensor:
+        """fp32: normal with the table's σ, truncated at ±3σ (released config: `init_fn: mitchell`); norms are 1."""
+        spec = self._specs[name]
+        if spec.init_std is None:
+            return torch.ones(spec.shape)
+        key = int.from_bytes(hashlib.sha256(f"{self._seed}/{name}".encode()).digest()[:8]) >> 1
+        generator, std = torch.Generator().manual_seed(key), spec.init_std
+        return torch.nn.init.trunc_normal_(torch.empty(spec.shape), 0.0, std, -3 * std, 3 * std, generator=generator)

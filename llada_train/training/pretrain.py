@@ -1,17 +1,17 @@
 """`llada-train pretrain`: build what the config names, in this order, and run the loop."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
 from llada_train.checkpoint.writer import Progress, load, verify
-from llada_train.config.schema import Config, ModelConfig
+from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation_batches
-from llada_train.model.weights import initial_tensor
+from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
@@ -72,17 +72,17 @@ def _restore(config: Config, engine: Engine, resume_from: Path | None) -> Progre
     if resume_from is not None:
         with Checkpoint(resume_from) as checkpoint:
             return load(checkpoint, engine)
-    if config.init_from is not None:
-        with _weights(config.init_from, config.model) as weights:
-            engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))
-    else:
-        engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    with _weights(config) as weights:
+        engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))
     return Progress(step=0, consumed_samples=0)
 
 
-def _weights(path: Path, model: ModelConfig) -> AbstractContextManager[GlobalWeights]:
+def _weights(config: Config) -> AbstractContextManager[GlobalWeights]:
+    path = config.init_from
+    if path is None:
+        return nullcontext(InitialWeights(config.model, config.seed))
     if is_hf_folder(path):
-        return HfWeights(path, model)
+        return HfWeights(path, config.model)
     checkpoint = Checkpoint(resolve(path))
     verify(checkpoint)
     return checkpoint

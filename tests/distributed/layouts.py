@@ -29,7 +29,7 @@ class Layout:
         return self.data_parallel * self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     @property
-    def name(self) -> str:
+    def _sizes(self) -> dict[str, int]:
         sizes = {
             "dp": self.data_parallel,
             "tp": self.tensor_parallel,
@@ -37,7 +37,11 @@ class Layout:
             "vpp": self.virtual_pipeline_parallel,
             "cp": self.context_parallel,
         }
-        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        return {name: size for name, size in sizes.items() if size > 1}
+
+    @property
+    def name(self) -> str:
+        parts = [f"{name}{size}" for name, size in self._sizes.items()]
         parts += ["sp"] * self.sequence_parallel + [f"zero{self.zero_stage}"]
         parts += [self.recompute] * (self.recompute != "none")
         parts += [f"mbs{self.micro_batch_size}"] * (self.micro_batch_size is not None)
@@ -46,13 +50,7 @@ class Layout:
     @property
     def kind(self) -> str:
         """Which kinds of parallelism it has."""
-        sizes = {
-            "DP": self.data_parallel,
-            "TP": self.tensor_parallel,
-            "PP": self.pipeline_parallel,
-            "CP": self.context_parallel,
-        }
-        return " × ".join(kind for kind, size in sizes.items() if size > 1) or "one process"
+        return " × ".join(name.upper() for name in self._sizes if name != "vpp") or "one process"
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from layouts import Layout
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import checkpoints
 from llada_train.config.load import load_config
-from llada_train.model.weights import initial_tensor
+from llada_train.model.weights import InitialWeights
 
 STEPS = 10
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}  # relative, of losses and gradient norms
@@ -104,15 +104,16 @@ class Matrix:
         return self.run(layout, *overrides, steps=steps)
 
     def _weights(self, found: Outcome, expected: Outcome) -> float:
-        seed = load_config(self.config).seed
+        config = load_config(self.config)
+        initial = InitialWeights(config.model, config.seed)
         moved = deviation = 0.0
         with (
             Checkpoint(checkpoints(found.checkpoint)[-1]) as ours,
             Checkpoint(checkpoints(expected.checkpoint)[-1]) as reference,
         ):
-            for tensor, spec in ours.specs.items():
+            for tensor in ours.names():
                 value = reference.read(tensor)
-                moved += float((value - initial_tensor(tensor, spec, seed)).square().sum())
+                moved += float((value - initial.read(tensor)).square().sum())
                 deviation += float((ours.read(tensor) - value).square().sum())
         return (deviation / moved) ** 0.5
 

@@ -16,7 +16,7 @@ from llada_train.config.load import load_config  # noqa: E402
 from llada_train.data.loader import TrainingLoader  # noqa: E402
 from llada_train.data.rows import PretrainingData  # noqa: E402
 from llada_train.model.sizes import MASTER  # noqa: E402
-from llada_train.model.weights import initial_tensor  # noqa: E402
+from llada_train.model.weights import InitialWeights  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
 from llada_train.parallel.replicas import check_replicas  # noqa: E402
 
@@ -35,7 +35,8 @@ def verdicts(config_file: Path, overrides: list[str], damages: list[Damage]) -> 
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
     engine = Engine(config, here)
-    engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    initial = InitialWeights(config.model, config.seed)
+    engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     loader = TrainingLoader(PretrainingData(config), config, here.place)
 
     for number in range(STEPS):
@@ -54,7 +55,8 @@ def damaged_step(config_file: Path, damage: Damage, steps: int) -> list[str | No
     config = load_config(config_file, ["parallel.tensor_parallel=2"], topology.world_size())
     here = topology.initialize(config.parallel)
     engine = Engine(config, here)
-    engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    initial = InitialWeights(config.model, config.seed)
+    engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     batches = TrainingLoader(PretrainingData(config), config, here.place).global_batch(0)
     _apply(engine, damage, here.rank)
     found = [_said(lambda: engine.train_step(batches, 1e-3, STEPS)) for _ in range(steps)]

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from llada_train.config.load import load_config
 from llada_train.convert.plain import plain_model
 from llada_train.data.rows import PretrainingData
-from llada_train.model.sizes import tensor_specs
-from llada_train.model.weights import initial_tensor
+from llada_train.model.weights import InitialWeights
 from llada_train.objective.forward_process import training_noise
 
 TOLERANCE = 1e-5
@@ -60,16 +59,8 @@ def test_one_process_trains_as_a_plain_loop(matrices: dict[str, Matrix], overrid
 def plain_loop(config_file: Path, overrides: list[str]) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of STEPS steps (paper Alg. 1), one row at a time, cut where it is cut."""
     config = load_config(config_file, overrides)
-    data, specs = PretrainingData(config), tensor_specs(config.model)
-
-    class Weights:
-        def names(self) -> list[str]:
-            return list(specs)
-
-        def read(self, name: str) -> torch.Tensor:
-            return initial_tensor(name, specs[name], config.seed)
-
-    model = plain_model(Weights(), config.model).train()
+    data = PretrainingData(config)
+    model = plain_model(InitialWeights(config.model, config.seed), config.model).train()
     settings, N = config.optimizer, config.training.global_batch_size
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]

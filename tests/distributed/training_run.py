@@ -24,7 +24,7 @@ from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
 from llada_train.data.loader import TrainingLoader, validation_batches  # noqa: E402
 from llada_train.data.rows import PretrainingData  # noqa: E402
-from llada_train.model.weights import initial_tensor  # noqa: E402
+from llada_train.model.weights import InitialWeights  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
 from llada_train.parallel.topology import Topology  # noqa: E402
 
@@ -94,7 +94,8 @@ def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: 
 
 def _engine(config: Config, here: Topology) -> Engine:
     engine = Engine(config, here)
-    engine.set_weights(lambda shard: shard.of(initial_tensor(shard.name, shard.spec, config.seed)))
+    initial = InitialWeights(config.model, config.seed)
+    engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     return engine
 
 

@@ -15,9 +15,8 @@ from llada_train.convert.names import our_names, split
 from llada_train.convert.plain import plain_model
 from llada_train.data.batch import Batch
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-from llada_train.model.sizes import tensor_specs
 from llada_train.model.transformer import LLaDATransformer, transformer_config
-from llada_train.model.weights import initial_tensor, shards
+from llada_train.model.weights import InitialWeights, shards
 from llada_train.parallel import topology
 
 B, S, LAYERS, H, F = 2, 12, 2, 32, 48
@@ -30,19 +29,6 @@ def process_group() -> Iterator[None]:
         topology.initialize(ParallelConfig())
         yield
         topology.shutdown()
-
-
-class _Initial:
-    """Every global tensor's initial value."""
-
-    def __init__(self, config: Config) -> None:
-        self.specs, self.seed = tensor_specs(config.model), config.seed
-
-    def names(self) -> list[str]:
-        return list(self.specs)
-
-    def read(self, name: str) -> Tensor:
-        return initial_tensor(name, self.specs[name], self.seed)
 
 
 def config_with(kv_heads: int = 2, recompute: str = "none") -> Config:
@@ -71,7 +57,7 @@ def config_with(kv_heads: int = 2, recompute: str = "none") -> Config:
 
 def transformer(config: Config) -> LLaDATransformer:
     """Ours, with its initial weights."""
-    weights = _Initial(config)
+    weights = InitialWeights(config.model, config.seed)
     ours = LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
     with torch.no_grad():
         for shard in shards(ours, config.model):
@@ -82,7 +68,7 @@ def transformer(config: Config) -> LLaDATransformer:
 @pytest.fixture(scope="module", params=[4, 2, 1], ids=lambda heads: f"kv{heads}")
 def models(request: pytest.FixtureRequest) -> tuple[Config, LLaDATransformer, LLaDAModelLM]:
     config = config_with(kv_heads=request.param)
-    return config, transformer(config), plain_model(_Initial(config), config.model)
+    return config, transformer(config), plain_model(InitialWeights(config.model, config.seed), config.model)
 
 
 def all_logits_batch(vocab: int, cu_seqlens: Tensor | None = None) -> Batch:
@@ -187,7 +173,7 @@ def test_initial_weights_are_mitchells(models: tuple[Config, LLaDATransformer, L
     """Truncated normal at ±3σ; σ = 1/√d_in, and 1/√(2·d_in·(layer+1)) into the residual stream; norms 1."""
     config, _, _ = models
     model = config.model.model_copy(update={"hidden_size": 256, "ffn_hidden_size": 512})
-    specs = tensor_specs(model)
+    weights = InitialWeights(model, seed=1)
     expected = {
         "embedding.weight": 256**-0.5,
         "head.weight": 256**-0.5,
@@ -197,11 +183,11 @@ def test_initial_weights_are_mitchells(models: tuple[Config, LLaDATransformer, L
         "decoder.layers.0.mlp.linear_fc2.weight": (2 * 512 * 1) ** -0.5,
     }
     for name, sigma in expected.items():
-        tensor = initial_tensor(name, specs[name], seed=1)
+        tensor = weights.read(name)
         # A normal cut at ±3σ has standard deviation 0.98658 σ.
         assert float(tensor.std()) == pytest.approx(0.98658 * sigma, rel=0.01), name
         assert float(tensor.abs().max()) <= 3 * sigma
-    assert torch.equal(initial_tensor("n", specs["decoder.final_layernorm.weight"], 1), torch.ones(256))
+    assert torch.equal(weights.read("decoder.final_layernorm.weight"), torch.ones(256))
 
 
 def mlp_in_fp64(recompute: str = "none") -> torch.nn.Module:
