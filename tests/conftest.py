@@ -90,13 +90,15 @@ def matrices(
 ) -> Iterator[dict[str, "Matrix"]]:
     """The layout matrix of each precision; what it has compared is written as a table in the end."""
     import processes
-    from layouts import GLOBAL_BATCH_SIZE, MODEL
+    from layouts import GLOBAL_BATCH_SIZE, MODEL, OBJECTIVE
     from matrix import TOLERANCE, Matrix, report
 
     processes.start()
     folder = tmp_path_factory.mktemp("layouts")
     model = {f"model__{key}": value for key, value in MODEL.items()}
-    config = write_config(tiny_data, folder, training__global_batch_size=GLOBAL_BATCH_SIZE, **model)
+    config = write_config(
+        tiny_data, folder, objective=OBJECTIVE, training__global_batch_size=GLOBAL_BATCH_SIZE, **model
+    )
     matrices = {precision: Matrix(config, precision, folder / precision) for precision in TOLERANCE}
     yield matrices
     path = ROOT / "runs/layout_matrix.md"

@@ -175,7 +175,7 @@ class ParallelConfig(Section):
 
     @property
     def micro_batch_multiple(self) -> int:
-        """The schedule takes micro-batches in groups of so many (megatron-core's interleaved one: of one per stage)."""
+        """A rank's micro-batches are a multiple of this: megatron-core's interleaved schedule takes them in groups."""
         return self.pipeline_parallel if self.virtual_pipeline_parallel > 1 else 1
 
 
@@ -306,7 +306,7 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
     if training.global_batch_size % rows:
         fitting = -(-training.global_batch_size // rows) * rows
         interleaved = (
-            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes so many micro-batches "
+            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many micro-batches "
             "at a time)"
             if parallel.micro_batch_multiple > 1
             else ""
@@ -316,7 +316,7 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
                 "training.global_batch_size",
                 f"{training.global_batch_size} is not a multiple of micro_batch_size {training.micro_batch_size} × "
                 f"data-parallel {data_parallel} ({world_size} processes ÷ {together}){interleaved} = {rows}; "
-                f"the next larger one is {fitting}",
+                f"the next larger one is {fitting}; or lower micro_batch_size",
             )
         ]
     return []

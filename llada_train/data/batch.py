@@ -1,10 +1,20 @@
 """What one forward pass needs: the boundary between the data plane and the compute plane."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the stretches of tokens that see each other, and nothing else, begin and end in a batch."""
+
+    cu_seqlens_q: Tensor  # [segments + 1] int32 over the B·S flattened tokens
+    cu_seqlens_kv: Tensor  # [segments + 1] int32 over the B·S' flattened tokens of whole rows
+    lengths: tuple[tuple[int, int], ...]  # of each segment in either, for code that has to know them on the host
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,7 @@ class Batch:
 
     input_ids: Tensor  # [B, S] int64, noised
     position_ids: Tensor  # [B, S] int64
-    cu_seqlens_q: Tensor | None  # [segments + 1] int32 over the B·S flattened tokens; None: every row is one segment
-    cu_seqlens_kv: Tensor | None  # [segments + 1] int32 over the B·S' flattened tokens of whole rows
+    segments: Segments | None  # None: every row is one segment
     masked_positions: Tensor  # [K] int64, indexes into the B·S flattened tokens
     targets: Tensor  # [K] int64
     loss_weight: Tensor  # [K] fp32, already normalised over the global batch
@@ -39,4 +48,11 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        moved: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
+        if self.segments is not None:
+            moved["segments"] = replace(
+                self.segments,
+                cu_seqlens_q=function(self.segments.cu_seqlens_q),
+                cu_seqlens_kv=function(self.segments.cu_seqlens_kv),
+            )
+        return replace(self, **moved)

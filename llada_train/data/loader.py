@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llada_train.config.schema import Config
-from llada_train.data.batch import Batch
+from llada_train.data.batch import Batch, Segments
 from llada_train.data.rows import PretrainingData
 from llada_train.objective.forward_process import Noise, training_noise, validation_noise
 
@@ -59,16 +59,10 @@ def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id:
     positions = np.flatnonzero(mask)
     weight = np.array([row.loss_weight for row in rows])[positions // S]
     fill = max(1, -(-len(positions) // MASKED_MULTIPLE)) * MASKED_MULTIPLE - len(positions)
-    cu_seqlens_kv = _segments(np.array([len(row.tokens) for row in rows]), sequence_length)
-    cu_seqlens_q = None
-    if cu_seqlens_kv is not None:  # the same borders, as far as they fall into these columns
-        row_number, column = np.divmod(cu_seqlens_kv, sequence_length)
-        cu_seqlens_q = (row_number * S + np.clip(column - first, 0, S)).astype(np.int32)
     return Batch(
         input_ids=torch.from_numpy(np.where(mask, mask_id, clean)),
         position_ids=torch.arange(first, first + S).repeat(B, 1),
-        cu_seqlens_q=None if cu_seqlens_q is None else torch.from_numpy(cu_seqlens_q),
-        cu_seqlens_kv=None if cu_seqlens_kv is None else torch.from_numpy(cu_seqlens_kv),
+        segments=_segments(np.array([len(row.tokens) for row in rows]), sequence_length, range(first, first + S)),
         masked_positions=torch.from_numpy(np.pad(positions, (0, fill))),
         targets=torch.from_numpy(np.pad(clean.ravel()[positions], (0, fill))),
         loss_weight=torch.from_numpy(np.pad(weight, (0, fill)).astype(np.float32)),
@@ -77,13 +71,19 @@ def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id:
     )
 
 
-def _segments(lengths: np.ndarray, sequence_length: int) -> np.ndarray | None:
-    """Borders of the segments in the flattened rows: each row's end, and its length where it is cut: int32."""
+def _segments(lengths: np.ndarray, sequence_length: int, columns: range) -> Segments | None:
+    """Of rows of these lengths each row's tokens and, where it is cut, its padding; None: no row is cut."""
     if np.all(lengths == sequence_length):
         return None
     starts = np.arange(len(lengths)) * sequence_length
     borders = np.unique(np.concatenate([starts, starts + lengths, [len(lengths) * sequence_length]]))
-    return borders.astype(np.int32)
+    row, column = np.divmod(borders, sequence_length)
+    own_borders = row * len(columns) + np.clip(column - columns.start, 0, len(columns))
+    return Segments(
+        cu_seqlens_q=torch.from_numpy(own_borders.astype(np.int32)),
+        cu_seqlens_kv=torch.from_numpy(borders.astype(np.int32)),
+        lengths=tuple(zip(np.diff(own_borders).tolist(), np.diff(borders).tolist(), strict=True)),
+    )
 
 
 class TrainingLoader:

@@ -6,6 +6,7 @@ values: with no causal mask, equal slices are equal work.
 Shapes: S positions, B rows, N query heads and G key-value heads on this rank, D head size; S' positions of whole rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,6 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+
+from llada_train.data.batch import Segments
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -31,7 +34,7 @@ class AttentionInputs(PackedSeqParams):
     qkv_format: str = "sbhd"
     cos: Tensor | None = None  # [S, B, 1, D] fp32
     sin: Tensor | None = None  # [S, B, 1, D] fp32
-    # cu_seqlens_q and cu_seqlens_kv (inherited) are the Batch's; None: every row is one segment.
+    segments: Segments | None = None  # None: every row is one segment
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -62,13 +65,12 @@ class BidirectionalAttention(torch.nn.Module):
         assert inputs.cos is not None and inputs.sin is not None
         q = rotate(query, inputs.cos, inputs.sin)
         k, v = _of_whole_rows(rotate(key, inputs.cos, inputs.sin), value)
-        segments = inputs.cu_seqlens_q, inputs.cu_seqlens_kv
         if flash_attn_varlen_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
-            out = _flash(q, k, v, *segments)
-        elif inputs.cu_seqlens_q is None:
+            out = _flash(q, k, v, inputs.segments)
+        elif inputs.segments is None:
             out = _sdpa(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
         else:
-            out = _sdpa_by_segment(q, k, v, *segments)
+            out = _sdpa_by_segment(q, k, v, inputs.segments.lengths)
         return out.reshape(*out.shape[:2], -1)
 
 
@@ -86,12 +88,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor) -> Tensor:
+def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[tuple[int, int]]) -> Tensor:
     """One call for each run of segments of equal lengths, such as uncut rows: cheaper than a masked call over all."""
     S, B = q.shape[:2]
     queries, keys, values = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
     pieces, q_start, kv_start = [], 0, 0
-    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_kv.diff().tolist(), strict=True)
     for (q_length, kv_length), run in groupby(lengths):
         count = len(list(run))
         q_stop, kv_stop = q_start + q_length * count, kv_start + kv_length * count
@@ -106,11 +107,13 @@ def _sdpa_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     return torch.cat(pieces).reshape(B, S, *q.shape[2:]).transpose(0, 1)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     (S, B), whole = q.shape[:2], k.shape[0]
-    if cu_seqlens_q is None or cu_seqlens_kv is None:
+    if segments is None:
         rows = torch.arange(B + 1, dtype=torch.int32, device=q.device)
         cu_seqlens_q, cu_seqlens_kv = rows * S, rows * whole
+    else:
+        cu_seqlens_q, cu_seqlens_kv = segments.cu_seqlens_q, segments.cu_seqlens_kv
     tokens = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
     out = flash_attn_varlen_func(*tokens, cu_seqlens_q, cu_seqlens_kv, S, whole, causal=False)
     return out.reshape(B, S, *q.shape[2:]).transpose(0, 1)

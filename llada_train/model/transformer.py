@@ -151,9 +151,7 @@ class Stage(MegatronModule):
         hidden = self.decoder(
             hidden,
             attention_mask=None,
-            packed_seq_params=AttentionInputs(
-                cos=cos, sin=sin, cu_seqlens_q=batch.cu_seqlens_q, cu_seqlens_kv=batch.cu_seqlens_kv
-            ),
+            packed_seq_params=AttentionInputs(cos=cos, sin=sin, segments=batch.segments),
         )
         return self.head(hidden, batch) if hasattr(self, "head") else hidden
 

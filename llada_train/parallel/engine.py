@@ -1,8 +1,8 @@
 """The engine: megatron-core's schedule for forward and backward, DeepSpeed ZeRO for the optimizer step.
 
 The loss that comes in is already normalised over the global batch, so every sum here is a plain sum: over micro-batches
-(the schedule), over data and context parallelism (DeepSpeed takes the mean, the loss is multiplied by the number of
-ranks). All gradients are accumulated and reduced in fp32. Who adds them up depends on ZeRO:
+(the schedule), over data and context parallelism (DeepSpeed; ZeRO 3 knows only the mean, so there the loss is multiplied
+by the number of ranks). All gradients are accumulated and reduced in fp32. Who adds them up depends on ZeRO:
 
 - bf16 with ZeRO 1: DeepSpeed adds fp32 gradients in each parameter's hook; the schedule drives the model itself.
 - fp32 with ZeRO 1: DeepSpeed's forward; all micro-batches' gradients are reduced at once, after the last.
@@ -31,7 +31,8 @@ from llada_train.parallel.replicas import check_replicas
 from llada_train.parallel.topology import Topology
 from llada_train.parallel.zero import FlatPartition, Fragment, ParameterPartition
 
-# Elements that ZeRO 2 and 3 reduce at once. DeepSpeed's default of 5e8 is a buffer of 2 GB, which ZeRO 3 never frees.
+# Elements that are reduced at once, but by ZeRO 1 in bf16. DeepSpeed's default of 5e8 is a buffer of 2 GB, which ZeRO 3
+# never frees.
 BUCKET = 50_000_000
 T_BUCKETS = 10  # equal ranges of the mask probability over which the bound is reported
 
@@ -130,7 +131,14 @@ class Engine:
                 "train_micro_batch_size_per_gpu": self.config.training.micro_batch_size,
                 "gradient_accumulation_steps": 1,  # accumulation is megatron-core's
                 "gradient_clipping": optimizer.gradient_clipping,
-                "zero_optimization": {"stage": self._zero_stage, "reduce_bucket_size": BUCKET},
+                "zero_optimization": {
+                    "stage": self._zero_stage,
+                    "reduce_bucket_size": BUCKET,
+                    # Norms alone stay whole under ZeRO 3, at any size of the model.
+                    "stage3_param_persistence_threshold": self.config.model.hidden_size,
+                },
+                # ZeRO 2 takes the mean in bf16, which rounds if the ranks are not a power of two.
+                "gradient_allreduce_op": "mean" if self._zero_stage == 3 else "sum",
                 "bf16": {"enabled": self.bf16, "immediate_grad_update": self._adds_gradients_in_hooks},
                 "data_types": {"grad_accum_dtype": "fp32"},
                 "communication_data_type": "fp32",  # the default rounds gradients to bf16 on the wire
@@ -158,12 +166,12 @@ class Engine:
         return self._state.fragments(self.shards)
 
     def train_step(
-        self, batches: list[Batch], learning_rate: float, check_as: int | None = None
+        self, batches: list[Batch], learning_rate: float, check_replicas_of_step: int | None = None
     ) -> tuple[Losses, float]:
         """One optimizer step on this rank's micro-batches of a global batch: (losses, gradient norm before clipping).
 
-        Every rank of a model copy passes the same batches. `check_as`: compare all copies of the parameters before the
-        update, and give the step this number if they differ.
+        Every rank of a model copy passes the same batches. `check_replicas_of_step`: compare all copies of the
+        parameters before the update; the number of the step is for the message.
 
         Raises:
             UserError: they differ; nothing is updated.
@@ -179,14 +187,17 @@ class Engine:
             losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
         else:
             losses = self._run(batches, self._engine, nullcontext())
-        if check_as is not None:
-            check_replicas(self.shards, check_as)
+        if check_replicas_of_step is not None:
+            check_replicas(self.shards, check_replicas_of_step)
         self._engine.step()
         return losses, float(self._engine.get_global_grad_norm())
 
     @contextmanager
     def _before_the_last_micro_batch(self) -> Iterator[None]:
-        """The schedule's `no_sync`: tells ZeRO that more gradients of this step follow. Wrong at PP > 1."""
+        """The schedule's `no_sync`: tells ZeRO that more gradients of this step follow.
+
+        Not for PP > 1, where forwards and backwards interleave and the schedule leaves this context at another place.
+        """
         self._engine.set_gradient_accumulation_boundary(False)
         yield
         self._engine.set_gradient_accumulation_boundary(True)
@@ -223,7 +234,7 @@ class Engine:
             log_normaliser, target_logit = output
             weighted = batch.loss_weight * (log_normaliser - target_logit)
             loss = weighted.sum()
-            scale = _data_parallel_group().size()  # against DeepSpeed's mean
+            scale = _data_parallel_group().size() if self._zero_stage == 3 else 1  # against DeepSpeed's mean
             one = torch.ones((), dtype=torch.int, device=loss.device)
             return loss * scale, one, {"sums": self._report(batch, weighted.detach().double())}
 

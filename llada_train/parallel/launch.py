@@ -24,7 +24,7 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is save
 
 
 def free_port() -> int:
-    """A port that nobody uses, below those that the system hands out to connections: none can take it meanwhile."""
+    """A port that nobody uses, below those that Linux hands out to outgoing connections: none takes it meanwhile."""
     for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
         with socket.socket() as s, suppress(OSError):
             s.bind(("127.0.0.1", port))

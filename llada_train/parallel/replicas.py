@@ -97,7 +97,8 @@ def _message(step: int, differing: dict[str, set[int]]) -> str:
         f"step {step}: copies of parameters are not equal bit for bit: {', '.join(named)}{more}; the run stops before "
         f"the update. The machine of {_ranks(set().union(*differing.values()))} is suspect (where no majority agrees, "
         "all that hold a copy are named): check its memory and GPU. Then go on from the last checkpoint that is not "
-        "newer than the check before this one: move newer ones out of the run's folder and run the same command again"
+        "newer than the check before this one (training.replica_check_interval_steps earlier): move newer ones out of "
+        "the run's folder and run the same command again"
     )
 
 

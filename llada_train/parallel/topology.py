@@ -48,6 +48,9 @@ def initialize(parallel: ParallelConfig) -> Topology:
                 f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}; "
                 "start one process for each GPU"
             )
+        if parallel.tensor_parallel > 1 and parallel.zero_stage < 3:  # ZeRO 3 gathers on a stream of its own
+            # megatron-core overlaps communication with matrix products only if the device runs kernels in their order.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

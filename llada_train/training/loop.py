@@ -60,7 +60,7 @@ class Trainer:
                 batches = next(global_batches)
                 data_wait = time.perf_counter() - started
                 rate = learning_rate(config.optimizer.learning_rate, self._tokens(), self._tokens_per_step())
-                losses, gradient_norm = self.engine.train_step(batches, rate, self._check_as())
+                losses, gradient_norm = self.engine.train_step(batches, rate, self._step_to_check())
                 self._advance()
                 self._refuse_non_finite(losses.loss, gradient_norm)
                 interval.add(losses, time.perf_counter() - started, data_wait)
@@ -104,8 +104,8 @@ class Trainer:
             "learning rate"
         )
 
-    def _check_as(self) -> int | None:
-        """The number of the step to come, if its ranks are to compare their copies of the parameters."""
+    def _step_to_check(self) -> int | None:
+        """The number of the step to come, if the ranks are to compare their copies of the parameters in it."""
         interval, step = self.config.training.replica_check_interval_steps, self.progress.step + 1
         return step if interval is not None and step % interval == 0 else None
 

@@ -18,6 +18,7 @@ from llada_train.data.loader import Row
 from llada_train.model import attention, head, norm
 from llada_train.objective import forward_process
 from llada_train.objective.forward_process import Noise
+from llada_train.parallel import engine
 
 
 def norm_gradients_of_a_slice() -> AbstractContextManager[Any]:
@@ -90,6 +91,21 @@ def _deepspeed_with(settings: dict[str, Any]) -> AbstractContextManager[Any]:
     return patch.object(deepspeed, "initialize", changed)
 
 
+def small_buckets() -> AbstractContextManager[Any]:
+    """No fault: gradients are reduced in buckets smaller than most parameters."""
+    return patch.object(engine, "BUCKET", 5000)
+
+
+def own_key_gradients_only() -> AbstractContextManager[Any]:
+    """Under context parallelism each rank keeps the gradients that its own queries have for its keys."""
+    gather = attention.gather_from_sequence_parallel_region
+
+    def gathered(x: Tensor, **arguments: Any) -> Tensor:
+        return gather(x, tensor_parallel_output_grad=False, **arguments)
+
+    return patch.object(attention, "gather_from_sequence_parallel_region", gathered)
+
+
 def unweighted_loss() -> AbstractContextManager[Any]:
     """The mean over the masked tokens' losses without 1/p: no bound on anything."""
     return patch.object(forward_process, "loss_weight", lambda p, lengths, _: 1 / (lengths * len(lengths)))
@@ -112,11 +128,13 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         norm_gradients_of_a_slice,
         head_gradient_of_a_slice,
         own_keys_only,
+        own_key_gradients_only,
         shared_noise,
         local_normalization,
         causal_attention,
         bf16_on_the_wire,
         bf16_sums,
+        small_buckets,
         unweighted_loss,
         loss_at_every_position,
     )

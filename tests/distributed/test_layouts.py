@@ -17,8 +17,22 @@ def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: st
     matrices[precision].check(layout, matrices[precision].run(layout))
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_the_same_layout_is_repeated_bit_for_bit(matrices: dict[str, Matrix], precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "repeated"),
+    [
+        ("fp32", Layout(tensor_parallel=2, pipeline_parallel=2, context_parallel=2, sequence_parallel=True)),
+        ("bf16", Layout(pipeline_parallel=2, virtual_pipeline_parallel=2, recompute="selective")),
+        ("bf16", Layout(2, tensor_parallel=2, zero_stage=3, recompute="full")),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_the_same_layout_is_repeated_bit_for_bit(matrices: dict[str, Matrix], precision: str, repeated: Layout) -> None:
     """To the last bit of every rank's masters and moments."""
-    layout = Layout(tensor_parallel=2, pipeline_parallel=2, context_parallel=2, sequence_parallel=True)
-    assert matrices[precision].run(layout) == matrices[precision].run(layout)
+    assert matrices[precision].run(repeated) == matrices[precision].run(repeated)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_gradients_may_be_reduced_in_many_buckets(matrices: dict[str, Matrix], zero_stage: int) -> None:
+    """As they are at 8B, where single parameters are larger than a bucket."""
+    sliced = Layout(2, zero_stage=zero_stage)
+    matrices["bf16"].check(sliced, matrices["bf16"].run(sliced, fault="small_buckets"))

@@ -10,6 +10,8 @@ from conftest import WORDS, write_config
 
 from data_tools.sources import Sources
 from data_tools.tokenize import tokenize
+from llada_train.config.load import load_config
+from llada_train.objective.forward_process import training_noise
 
 S = 32_768
 
@@ -31,8 +33,11 @@ def test_a_32k_token_row_costs_the_same_on_four_processes(tiny_data: Path, tmp_p
         training__global_batch_size=2,
         training__micro_batch_size=1,
         validation__sequences=1,
-        seed=2,  # which cuts the first row, to 23,222 tokens, and not the second
+        seed=2,
     )
+    resolved = load_config(config)
+    noise = training_noise(resolved.seed, 0, 2, S, resolved.objective)
+    assert noise.lengths.tolist() == [23_222, S]
     runs = {
         ranks: processes.run(ranks, training_run.train, config, [f"parallel.context_parallel={ranks}"], 1, None, None)
         for ranks in (1, 4)

@@ -21,29 +21,36 @@ from llada_train.model.weights import InitialWeights
 from llada_train.objective.forward_process import training_noise
 
 TOLERANCE = 1e-5
+BF16_TOLERANCE = 1e-2
 TOKEN = "objective.loss_normalization=token"
+ANOTHER_RUN, OTHER_NOISE, ROUNDED = "another run", "noise, targets or weights differ", "not summed in fp32"
 FAULTS = [
-    ("norm_gradients_of_a_slice", "fp32", Layout(tensor_parallel=2, sequence_parallel=True), []),
-    ("head_gradient_of_a_slice", "fp32", Layout(tensor_parallel=2), []),
-    ("own_keys_only", "fp32", Layout(context_parallel=2), []),
-    ("shared_noise", "fp32", Layout(2), []),
-    ("local_normalization", "fp32", Layout(2), [TOKEN]),
-    ("causal_attention", "fp32", Layout(tensor_parallel=2), []),
-    ("bf16_on_the_wire", "bf16", Layout(4), []),
-    ("unweighted_loss", "fp32", Layout(), []),
-    ("loss_at_every_position", "fp32", Layout(), []),
+    ("norm_gradients_of_a_slice", "fp32", Layout(tensor_parallel=2, sequence_parallel=True), [], ANOTHER_RUN),
+    ("head_gradient_of_a_slice", "fp32", Layout(tensor_parallel=2), [], ANOTHER_RUN),
+    ("own_keys_only", "fp32", Layout(context_parallel=2), [], ANOTHER_RUN),
+    ("own_key_gradients_only", "fp32", Layout(context_parallel=2), [], ANOTHER_RUN),
+    ("shared_noise", "fp32", Layout(2), [], OTHER_NOISE),
+    ("local_normalization", "fp32", Layout(2), [TOKEN], OTHER_NOISE),
+    ("causal_attention", "fp32", Layout(tensor_parallel=2), [], ANOTHER_RUN),
+    ("bf16_on_the_wire", "bf16", Layout(4), [], ROUNDED),
+    ("rank_mean", "bf16", Layout(3, zero_stage=2), [], "another run|not summed in fp32"),
+    ("unweighted_loss", "fp32", Layout(), [], OTHER_NOISE),
+    ("loss_at_every_position", "fp32", Layout(), [], OTHER_NOISE),
 ]
 
 
-@pytest.mark.parametrize(("fault", "precision", "layout", "overrides"), FAULTS, ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize(
+    ("fault", "precision", "layout", "overrides", "noticed"), FAULTS, ids=[fault[0] for fault in FAULTS]
+)
 def test_fault_fails_the_matrix(
-    matrices: dict[str, Matrix], fault: str, precision: str, layout: Layout, overrides: list[str]
+    matrices: dict[str, Matrix], fault: str, precision: str, layout: Layout, overrides: list[str], noticed: str
 ) -> None:
+    """For the right reason; the same without the fault is in the matrix, but for the overrides."""
     matrix = matrices[precision]
-    sound = matrix.run(layout, *overrides)
-    matrix.check(layout, sound, *overrides)
+    if overrides:
+        matrix.check(layout, matrix.run(layout, *overrides), *overrides)
     faulty = matrix.run(layout, *overrides, fault=fault)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=noticed):
         matrix.check(layout, faulty, *overrides)
 
 
@@ -54,6 +61,10 @@ def test_one_process_trains_as_a_plain_loop(matrices: dict[str, Matrix], overrid
     found = matrix.run(REFERENCE, *overrides).first
     assert found.losses == pytest.approx(losses, rel=TOLERANCE)
     assert found.norms == pytest.approx(norms, rel=TOLERANCE)
+    if not overrides:
+        rounded = matrices["bf16"].run(REFERENCE).first
+        assert rounded.losses == pytest.approx(losses, rel=BF16_TOLERANCE)
+        assert rounded.norms == pytest.approx(norms, rel=BF16_TOLERANCE)
 
 
 def plain_loop(config_file: Path, overrides: list[str]) -> tuple[list[float], list[float]]:
@@ -104,7 +115,12 @@ def test_gradients_added_in_bf16_are_noticed(matrices: dict[str, Matrix]) -> Non
 
 def growth(config: Path, zero_stage: int, fault: str | None = None) -> float:
     """The gradient norm of 512 equal micro-batches ÷ that of one."""
-    settings = ["training.precision=bf16", "model.num_layers=1", f"parallel.zero_stage={zero_stage}"]
+    settings = [
+        "training.precision=bf16",
+        "model.num_layers=1",
+        "training.micro_batch_size=2",
+        f"parallel.zero_stage={zero_stage}",
+    ]
     one, many = (
         processes.run(1, training_run.norm_of_equal_micro_batches, config, settings, count, fault)[0]
         for count in (1, MICRO_BATCHES)

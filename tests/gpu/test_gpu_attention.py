@@ -4,19 +4,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from llada_train.data.batch import Segments
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 S, B, N, D = 256, 3, 8, 64
 CUT = [0, S, S + 100, 2 * S, 3 * S]  # row 1 ends after 100 tokens
 
 
-def torchs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor] | None) -> Tensor:
+def torchs(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     """Torch's own attention in fp32: q [S, B, N, D], k and v [S', B, G, D] → [S, B, N, D]."""
     from llada_train.model import attention
 
     q, k, v = (x.float() for x in (q, k, v))
-    if cu_seqlens is not None:
-        return attention._sdpa_by_segment(q, k, v, *cu_seqlens)
+    if segments is not None:
+        return attention._sdpa_by_segment(q, k, v, segments.lengths)
     return attention._sdpa(*(x.permute(1, 2, 0, 3) for x in (q, k, v))).permute(2, 0, 1, 3)
 
 
@@ -45,11 +47,12 @@ def test_flash_attention_equals_torchs(
         for heads in (N, kv_heads, kv_heads)
     )
     inputs = [x.detach().requires_grad_() for x in (q[columns], k, v)]
-    cu_q, cu_kv = (
-        (None, None) if borders is None else (torch.tensor(b, dtype=torch.int32, device="cuda") for b in borders)
-    )
-    expected = torchs(*inputs, None if cu_q is None or cu_kv is None else (cu_q, cu_kv))
-    found = attention._flash(*inputs, cu_q, cu_kv)
+    segments = None
+    if borders is not None:
+        cu_q, cu_kv = (torch.tensor(b, dtype=torch.int32, device="cuda") for b in borders)
+        segments = Segments(cu_q, cu_kv, tuple(zip(cu_q.diff().tolist(), cu_kv.diff().tolist(), strict=True)))
+    expected = torchs(*inputs, segments)
+    found = attention._flash(*inputs, segments)
     cotangent = torch.randn(expected.shape, generator=generator, device="cuda")
     gradients = torch.autograd.grad(found, inputs, cotangent.to(found.dtype))
     references = torch.autograd.grad(expected, inputs, cotangent)

@@ -71,8 +71,8 @@ def test_collate_by_hand() -> None:
     batch = collate(rows, 4, MASK_ID, PADDING_ID)
     assert batch.input_ids.tolist() == [[98, 11, 98, 13], [10, 98, 99, 99]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    for cu_seqlens in (batch.cu_seqlens_q, batch.cu_seqlens_kv):
-        assert cu_seqlens is not None
+    assert batch.segments is not None
+    for cu_seqlens in (batch.segments.cu_seqlens_q, batch.segments.cu_seqlens_kv):
         assert cu_seqlens.tolist() == [0, 4, 6, 8]
         assert cu_seqlens.dtype == torch.int32
     assert batch.masked_positions.tolist() == [0, 2, 5] + [0] * 253
@@ -92,18 +92,17 @@ def test_collate_of_half_the_columns_by_hand() -> None:
     assert batch.masked_positions.tolist() == [0, 4] + [0] * 254
     assert batch.targets.tolist() == [12, 12] + [0] * 254
     assert batch.loss_weight.tolist() == [0.125, 0.25] + [0] * 254
-    assert batch.cu_seqlens_q is not None
-    assert batch.cu_seqlens_kv is not None
-    assert batch.cu_seqlens_kv.tolist() == [0, 4, 5, 8, 11, 12]
-    assert batch.cu_seqlens_q.tolist() == [0, 2, 2, 4, 5, 6]
-    assert batch.cu_seqlens_q.dtype == batch.cu_seqlens_kv.dtype == torch.int32
+    assert batch.segments is not None
+    assert batch.segments.lengths == ((2, 4), (0, 1), (2, 3), (1, 3), (1, 1))
+    assert batch.segments.cu_seqlens_kv.tolist() == [0, 4, 5, 8, 11, 12]
+    assert batch.segments.cu_seqlens_q.tolist() == [0, 2, 2, 4, 5, 6]
+    assert batch.segments.cu_seqlens_q.dtype == batch.segments.cu_seqlens_kv.dtype == torch.int32
 
 
 def test_full_rows_need_no_segments() -> None:
     for place in (Place(), Place(context_parallel_rank=1, context_parallel_size=2)):
         batch = collate([row(4, [0]), row(4, [])], 4, MASK_ID, PADDING_ID, place)
-        assert batch.cu_seqlens_q is None
-        assert batch.cu_seqlens_kv is None
+        assert batch.segments is None
 
 
 @st.composite
@@ -172,12 +171,11 @@ def test_a_token_asks_in_the_segment_where_its_row_is(drawn: tuple[list[Row], in
     S = 24 // count
     members: dict[int, set[tuple[int, bool]]] = {}
     for rank, batch in enumerate(slices_of(rows, 24, count)):
-        cu_q, cu_kv = batch.cu_seqlens_q, batch.cu_seqlens_kv
-        if cu_q is None or cu_kv is None:
-            assert cu_q is cu_kv
+        if batch.segments is None:
             assert all(len(one.tokens) == 24 for one in rows)
             continue
-        assert len(cu_q) == len(cu_kv)
+        cu_q, cu_kv = batch.segments.cu_seqlens_q, batch.segments.cu_seqlens_kv
+        assert batch.segments.lengths == tuple(zip(cu_q.diff().tolist(), cu_kv.diff().tolist(), strict=True))
         assert (int(cu_q[-1]), int(cu_kv[-1])) == (len(rows) * S, len(rows) * 24)
         for token in range(len(rows) * S):
             b, column = token // S, rank * S + token % S
@@ -222,8 +220,10 @@ def test_weights_are_normalised_over_the_global_batch(config_of: Callable[..., C
 
     def length(batch: Batch, b: int) -> int:
         """Where the row's first segment ends."""
-        cu_seqlens = batch.cu_seqlens_kv
-        return S if cu_seqlens is None else int(cu_seqlens[cu_seqlens > b * S].min()) - b * S
+        if batch.segments is None:
+            return S
+        borders = batch.segments.cu_seqlens_kv
+        return int(borders[borders > b * S].min()) - b * S
 
     total = sum(length(batch, b) for batch in chain(*ranks) for b in range(2))
     assert total < N * S
@@ -354,7 +354,7 @@ def test_validation_is_the_same_in_every_layout_and_every_time(config_of: Callab
         ranks = [validation_batches(data, config, Place(rank, dp)) for rank in range(dp)]
         assert len({len(batches) for batches in ranks}) == 1
         assert {batch.input_ids.shape for batches in ranks for batch in batches} == {(micro, S)}
-        assert all(batch.cu_seqlens_kv is None for batches in ranks for batch in batches)
+        assert all(batch.segments is None for batches in ranks for batch in batches)
         batches = list(chain(*ranks))
         fillers = torch.cat([batch.sample_index for batch in batches]) < 0
         assert int(fillers.sum()) == -7 % (dp * micro)

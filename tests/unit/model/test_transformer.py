@@ -13,7 +13,7 @@ from torch.nn import functional
 from llada_train.config.schema import Config, ParallelConfig
 from llada_train.convert.names import our_names, split
 from llada_train.convert.plain import plain_model
-from llada_train.data.batch import Batch
+from llada_train.data.batch import Batch, Segments
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import InitialWeights, shards
@@ -71,15 +71,18 @@ def models(request: pytest.FixtureRequest) -> tuple[Config, LLaDATransformer, LL
     return config, transformer(config), plain_model(InitialWeights(config.model, config.seed), config.model)
 
 
-def all_logits_batch(vocab: int, cu_seqlens: Tensor | None = None) -> Batch:
+_BORDERS = torch.tensor([0, 7, S, 2 * S], dtype=torch.int32)
+FIRST_ROW_CUT = Segments(_BORDERS, _BORDERS, ((7, 7), (S - 7, S - 7), (S, S)))
+
+
+def all_logits_batch(vocab: int, segments: Segments | None = None) -> Batch:
     """Every position once with every token as target, so that the target logits are all logits."""
     pairs = torch.cartesian_prod(torch.arange(B * S), torch.arange(vocab))
     generator = torch.Generator().manual_seed(0)
     return Batch(
         input_ids=torch.randint(0, vocab, (B, S), generator=generator),
         position_ids=torch.arange(S).repeat(B, 1),
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        segments=segments,
         masked_positions=pairs[:, 0].contiguous(),
         targets=pairs[:, 1].contiguous(),
         loss_weight=torch.rand(len(pairs), generator=generator),
@@ -139,8 +142,7 @@ def test_every_position_sees_every_other(models: tuple[Config, LLaDATransformer,
 def test_a_cut_row_is_the_plain_models_shorter_row(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
     """Padding changes nothing: row 0 is cut to 7 tokens, whatever stands behind them; row 1 is whole."""
     config, ours, plain = models
-    cu_seqlens = torch.tensor([0, 7, S, 2 * S], dtype=torch.int32)
-    batch = all_logits_batch(config.model.padded_vocab_size, cu_seqlens)
+    batch = all_logits_batch(config.model.padded_vocab_size, FIRST_ROW_CUT)
     found = ours(batch).detach()[1].view(B, S, -1)
     torch.testing.assert_close(found[0, :7], plain(batch.input_ids[:1, :7]).logits.detach()[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], plain(batch.input_ids[1:]).logits.detach()[0], rtol=1e-5, atol=1e-5)
@@ -228,8 +230,7 @@ RECOMPUTE = ["none", "selective", "full"]
 
 
 def batch_with_a_cut_row() -> Batch:
-    cu_seqlens = torch.tensor([0, 7, S, 2 * S], dtype=torch.int32)
-    return all_logits_batch(config_with().model.padded_vocab_size, cu_seqlens)
+    return all_logits_batch(config_with().model.padded_vocab_size, FIRST_ROW_CUT)
 
 
 def loss_of(ours: LLaDATransformer, batch: Batch) -> Tensor:
