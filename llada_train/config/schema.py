@@ -306,8 +306,8 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
     if training.global_batch_size % rows:
         fitting = -(-training.global_batch_size // rows) * rows
         interleaved = (
-            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many micro-batches "
-            "at a time)"
+            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many "
+            "micro-batches at a time)"
             if parallel.micro_batch_multiple > 1
             else ""
         )
@@ -316,7 +316,7 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
                 "training.global_batch_size",
                 f"{training.global_batch_size} is not a multiple of micro_batch_size {training.micro_batch_size} × "
                 f"data-parallel {data_parallel} ({world_size} processes ÷ {together}){interleaved} = {rows}; "
-                f"the next larger one is {fitting}; or lower micro_batch_size",
+                f"lower micro_batch_size, or raise this: the next larger one is {fitting}",
             )
         ]
     return []

@@ -1,8 +1,8 @@
 """The engine: megatron-core's schedule for forward and backward, DeepSpeed ZeRO for the optimizer step.
 
 The loss that comes in is already normalised over the global batch, so every sum here is a plain sum: over micro-batches
-(the schedule), over data and context parallelism (DeepSpeed; ZeRO 3 knows only the mean, so there the loss is multiplied
-by the number of ranks). All gradients are accumulated and reduced in fp32. Who adds them up depends on ZeRO:
+(the schedule), over data and context parallelism (DeepSpeed; ZeRO 3 knows only the mean, so there the loss is
+multiplied by the number of ranks). All gradients are accumulated and reduced in fp32. Who adds them up depends on ZeRO:
 
 - bf16 with ZeRO 1: DeepSpeed adds fp32 gradients in each parameter's hook; the schedule drives the model itself.
 - fp32 with ZeRO 1: DeepSpeed's forward; all micro-batches' gradients are reduced at once, after the last.

@@ -124,16 +124,17 @@ def test_checkpoint_of_four_processes_goes_on_in_other_layouts(tiny_data: Path, 
         parallel__sequence_parallel=True,
     )
     stop(four, 4, [signal.SIGTERM])
-    for processes in (2, 1):
-        folder = tmp_path / f"dp{processes}"
+    interleaved = {"pipeline_parallel": 2, "virtual_pipeline_parallel": 2, "context_parallel": 2}
+    for processes, parallel in [(2, {}), (1, {}), (4, {"zero_stage": 3}), (4, interleaved)]:
+        folder = tmp_path / f"{processes}-{len(parallel)}"
         shutil.copytree(four.parent, folder)
-        config = write_config(tiny_data, folder, optimizer__learning_rate=PHASES)
+        config = write_config(tiny_data, folder, optimizer__learning_rate=PHASES, parallel=parallel)
         finish(config, processes)
         found, expected = numbers(config), numbers(straight)
         assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected]
         for record, reference in zip(found, expected, strict=True):
             for key in record.keys() & {"loss", "grad_norm", "bound"}:
-                assert record[key] == pytest.approx(reference[key], rel=1e-5), (processes, record["step"], key)
+                assert record[key] == pytest.approx(reference[key], rel=1e-5), (parallel, record["step"], key)
 
 
 def copy_of(straight: Path, folder: Path, data: Path, **settings: Any) -> Path:

@@ -376,7 +376,7 @@ def test_a_size_that_fits_nothing_is_told_for_each_reason(good: Path) -> None:
             [],
             3,
             "16 is not a multiple of micro_batch_size 4 × data-parallel 3 (3 processes ÷ 1) = 12; "
-            "the next larger one is 24",
+            "lower micro_batch_size, or raise this: the next larger one is 24",
         ),
         (["parallel.tensor_parallel=2", "training.global_batch_size=8"], 6, "(6 processes ÷ 2) = 12"),
         (["parallel.context_parallel=2"], 6, "micro_batch_size 4 × data-parallel 3 (6 processes ÷ 2) = 12"),
@@ -384,7 +384,8 @@ def test_a_size_that_fits_nothing_is_told_for_each_reason(good: Path) -> None:
             ["parallel={pipeline_parallel: 2, virtual_pipeline_parallel: 2}", "training.global_batch_size=24"],
             4,
             "24 is not a multiple of micro_batch_size 4 × data-parallel 2 (4 processes ÷ 2) × pipeline_parallel 2 "
-            "(the interleaved schedule takes that many micro-batches at a time) = 16; the next larger one is 32",
+            "(the interleaved schedule takes that many micro-batches at a time) = 16; lower micro_batch_size, or "
+            "raise this: the next larger one is 32",
         ),
     ],
 )
