@@ -1,24 +1,28 @@
 """What a layout's run is compared with, and how closely it has to agree."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import processes
 import pytest
+import torch
 import training_run
 from layouts import Layout
+from torch import Tensor
 
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import checkpoints
 from llada_train.config.load import load_config
+from llada_train.model.sizes import FIRST_MOMENT, MASTER
 from llada_train.model.weights import InitialWeights
 
 STEPS = 10
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}  # relative, of losses and gradient norms
 WEIGHT_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # ‖w − w_ref‖ ÷ ‖w_ref − w_0‖
-SUM_TOLERANCE = 1e-6  # of gradient norms between which only the order of fp32 sums differs
+SUM_TOLERANCE = 1e-5  # of gradients, and their norms, between which only the order of fp32 sums differs
 REFERENCE = Layout(micro_batch_size=16)
 
 
@@ -26,9 +30,11 @@ REFERENCE = Layout(micro_batch_size=16)
 class Outcome:
     """A run's ranks together."""
 
+    layout: Layout
+    overrides: tuple[str, ...]
+    fault: str | None
     runs: list[training_run.Run]
-    checkpoint: Path
-    sound: bool  # nothing was planted or overridden
+    folder: Path  # of its checkpoint
 
     @property
     def first(self) -> training_run.Run:
@@ -65,6 +71,7 @@ class Matrix:
         self._reference = cache(self._run_reference)
 
     def run(self, layout: Layout, *overrides: str, fault: str | None = None, steps: int = STEPS) -> Outcome:
+        """Train, from the same initial weights as ever; `overrides` of the config, `fault` of FAULTS."""
         folder = self._folder / "-".join([layout.name, *overrides, str(fault), str(steps)])
         settings = [f"training.precision={self._precision}", *layout.overrides, *overrides]
         runs = processes.run(
@@ -73,14 +80,14 @@ class Matrix:
             self.config,
             settings,
             steps,
-            folder if steps == STEPS else None,
+            folder,
             fault,
         )
-        return Outcome(runs, folder, sound=fault is None and not overrides)
+        return Outcome(layout, overrides, fault, runs, folder)
 
-    def check(self, layout: Layout, outcome: Outcome, *overrides: str) -> None:
+    def check(self, outcome: Outcome) -> None:
         """Assert that the run is one process's run."""
-        found, expected = outcome.first, self._reference(REFERENCE, overrides)
+        found, expected = outcome.first, self._reference(REFERENCE, outcome.overrides)
         for place, digests in outcome.digests.items():
             assert digests == expected.digests[0, 0], f"noise, targets or weights differ at {place}"
         deviation = Deviation(
@@ -89,8 +96,8 @@ class Matrix:
             validation=_furthest([found.validation], [expected.first.validation]),
             weights=self._weights(outcome, expected),
         )
-        if outcome.sound:
-            self.deviations[layout] = deviation
+        if outcome.fault is None and not outcome.overrides:
+            self.deviations[outcome.layout] = deviation
         tolerance = TOLERANCE[self._precision]
         assert max(deviation.losses, deviation.norms, deviation.validation) <= tolerance, f"another run: {deviation}"
         assert deviation.weights <= WEIGHT_TOLERANCE[self._precision], f"other weights: {deviation}"
@@ -98,31 +105,43 @@ class Matrix:
             assert run.losses == found.losses and run.norms == pytest.approx(found.norms, rel=SUM_TOLERANCE), "by rank"
         for step, bounds in zip(found.bounds_by_t, expected.first.bounds_by_t, strict=True):
             assert _no_row_is_0(step) == pytest.approx(_no_row_is_0(bounds), rel=5 * tolerance)
-        if layout.processes == layout.data_parallel:  # the same kernels on the same micro-batches
-            micro_batch_size = layout.settings["training"]["micro_batch_size"]
-            same = self._reference(Layout(micro_batch_size=micro_batch_size), overrides, 1)
-            assert found.norms[0] == pytest.approx(same.first.norms[0], rel=SUM_TOLERANCE), "not summed in fp32"
+        if outcome.layout.kind in ("one process", "DP"):  # the same kernels on the same micro-batches
+            same = self._reference(Layout(**outcome.layout.settings["training"]), outcome.overrides, 1)
+            one_step = self.run(outcome.layout, *outcome.overrides, fault=outcome.fault, steps=1)
+            assert _gradients(one_step, same) <= SUM_TOLERANCE, "gradients are not summed in fp32"
 
     def _run_reference(self, layout: Layout, overrides: tuple[str, ...], steps: int = STEPS) -> Outcome:
         return self.run(layout, *overrides, steps=steps)
 
     def _weights(self, found: Outcome, expected: Outcome) -> float:
+        """‖w − w_ref‖ ÷ ‖w_ref − w_0‖"""
         config = load_config(self.config)
         initial = InitialWeights(config.model, config.seed)
-        moved = deviation = 0.0
-        with (
-            Checkpoint(checkpoints(found.checkpoint)[-1]) as ours,
-            Checkpoint(checkpoints(expected.checkpoint)[-1]) as reference,
-        ):
-            for tensor in ours.names():
-                value = reference.read(tensor)
-                moved += float((value - initial.read(tensor)).square().sum())
-                deviation += float((ours.read(tensor) - value).square().sum())
-        return (deviation / moved) ** 0.5
+        moved = ((value, initial.read(name)) for name, _, value in _tensors(found, expected, MASTER))
+        return _distance((ours, value) for _, ours, value in _tensors(found, expected, MASTER)) / _distance(moved)
 
 
 def _no_row_is_0(bounds: list[float | None]) -> list[float]:
     return [bound or 0.0 for bound in bounds]
+
+
+def _gradients(found: Outcome, expected: Outcome) -> float:
+    """‖g − g_ref‖ ÷ ‖g_ref‖ of the first step: Adam's first moments are in proportion to its gradients."""
+    length = _distance((value, torch.zeros(())) for _, _, value in _tensors(found, expected, FIRST_MOMENT))
+    return _distance((ours, value) for _, ours, value in _tensors(found, expected, FIRST_MOMENT)) / length
+
+
+def _tensors(found: Outcome, expected: Outcome, kind: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, and value in either checkpoint, of every tensor."""
+    (ours,), (reference,) = checkpoints(found.folder), checkpoints(expected.folder)
+    with Checkpoint(ours) as a, Checkpoint(reference) as b:
+        for name, spec in a.specs.items():
+            whole = [(0, spec.numel)]
+            yield name, *(c.read_runs(name, kind, whole).view(spec.shape) for c in (a, b))
+
+
+def _distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    return sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
 
 
 def _furthest(found: list[float], expected: list[float]) -> float:

@@ -38,10 +38,10 @@ def test_a_32k_token_row_costs_the_same_on_four_processes(tiny_data: Path, tmp_p
     resolved = load_config(config)
     noise = training_noise(resolved.seed, 0, 2, S, resolved.objective)
     assert noise.lengths.tolist() == [23_222, S]
-    runs = {
-        ranks: processes.run(ranks, training_run.train, config, [f"parallel.context_parallel={ranks}"], 1, None, None)
-        for ranks in (1, 4)
-    }
+    runs = {}
+    for ranks in (1, 4):
+        layout = [f"parallel.context_parallel={ranks}"]
+        runs[ranks] = processes.run(ranks, training_run.train, config, layout, 1, tmp_path / str(ranks), None)
     whole, sliced = runs[1][0], runs[4][0]
     assert [sum(part[sample] for part in (r.digests[0] for r in runs[4])) % 2**64 for sample in (0, 1)] == [
         whole.digests[0][sample] for sample in (0, 1)

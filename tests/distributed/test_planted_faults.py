@@ -47,10 +47,10 @@ def test_fault_fails_the_matrix(
     """For the right reason; the same without the fault is in the matrix, but for the overrides."""
     matrix = matrices[precision]
     if overrides:
-        matrix.check(layout, matrix.run(layout, *overrides), *overrides)
+        matrix.check(matrix.run(layout, *overrides))
     faulty = matrix.run(layout, *overrides, fault=fault)
     with pytest.raises(AssertionError, match=noticed):
-        matrix.check(layout, faulty, *overrides)
+        matrix.check(faulty)
 
 
 @pytest.mark.parametrize("overrides", [[], [TOKEN]], ids=["sequence", "token"])

@@ -44,8 +44,8 @@ class Run:
     model_rank: tuple[int, int]  # tensor- and pipeline-parallel rank
 
 
-def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path | None, fault: str | None) -> Run:
-    """Train from the config's own initial weights; where asked, save a checkpoint afterwards."""
+def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path, fault: str | None) -> Run:
+    """Train from the config's own initial weights and save a checkpoint."""
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
     with nullcontext() if fault is None else FAULTS[fault]():
@@ -62,8 +62,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
         for fragment in engine.fragments():
             for tensor in fragment.state.values():
                 state.update(tensor.numpy().tobytes())
-        if checkpoints is not None:
-            save(checkpoints, engine, config, Progress(steps, steps * size), keep=1)
+        save(checkpoints, engine, config, Progress(steps, steps * size), keep=1)
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
