@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## Text to tokens to a trained model that fills in masks, in 
 test: $(INSTALLED) ## Run every test
 	$(BIN)/pytest
 
-soak: $(INSTALLED) ## The layout matrix over every layout of up to 8 processes: an hour on two cores
+soak: $(INSTALLED) ## The layout matrix over every layout of up to 8 processes: an hour or more on two cores
 	$(BIN)/pytest tests/distributed/test_layouts.py --every-layout
 
 check: $(INSTALLED) ## Lint, format, types, and the direction of imports

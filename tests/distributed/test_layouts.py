@@ -7,11 +7,16 @@ from matrix import TOLERANCE, Matrix
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "layout" in metafunc.fixturenames:
-        layouts = list(every_layout()) if metafunc.config.getoption("every_layout") else CHOSEN
-        metafunc.parametrize("layout", layouts, ids=lambda layout: layout.name)
+        every = metafunc.config.getoption("every_layout")
+        runs = [
+            pytest.param(precision, layout, id=f"{precision}-{layout.name}")
+            for layout in (every_layout() if every else CHOSEN)
+            for precision in TOLERANCE
+            if every or precision == "fp32" or layout.processes <= 4  # else they take too long for every change
+        ]
+        metafunc.parametrize(("precision", "layout"), runs)
 
 
-@pytest.mark.parametrize("precision", TOLERANCE)
 def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: str, layout: Layout) -> None:
     """Losses, gradient norms, bound by t, validation, final weights; noise, targets and loss weights bit for bit."""
     matrices[precision].check(matrices[precision].run(layout))
