@@ -51,7 +51,7 @@ def pretrain(
 ) -> None:
     """Pre-train a model; run the same command again to go on after a stop.
 
-    Alone, under torchrun, or with --processes N. SIGTERM or SIGUSR1 ends the run after the step in hand with a
+    Alone, under torchrun, or with --processes N. SIGTERM, SIGUSR1 or Ctrl-C ends the run after the step in hand with a
     checkpoint and exit code 75; a finished run exits with 0, a mistake in config, data or environment with 2.
 
     Example: llada-train pretrain configs/pretrain/demo.yaml training.micro_batch_size=4 --processes 2
@@ -66,12 +66,16 @@ def pretrain(
     from llada_train.training.signals import StopRequest
 
     stop = StopRequest()
+    from llada_train.parallel.launch import world_size
+    from llada_train.training.preflight import open_inputs
+
+    inputs = open_inputs(config, overrides or [], world_size())  # a mistake is told before the slow imports
     from llada_train.parallel.topology import quiet_engines
 
     quiet_engines()
     from llada_train.training.pretrain import pretrain as run
 
-    raise typer.Exit(run(config, overrides or [], stop))
+    raise typer.Exit(run(inputs, stop))
 
 
 @convert.command("to-hf")

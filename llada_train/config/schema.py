@@ -232,12 +232,13 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
 
     cut = ("num_heads", "num_kv_heads", "ffn_hidden_size", "padded_vocab_size")
     sizes = {name: getattr(model, name) for name in cut}
-    for name, size in sizes.items():
-        check(
-            size % tp == 0,
-            "parallel.tensor_parallel",
-            f"model.{name} {size} is not divisible by {tp}; it can be {_divisors(math.gcd(*sizes.values()))}",
-        )
+    uneven = [f"model.{name} {size}" for name, size in sizes.items() if size % tp]
+    check(
+        not uneven,
+        "parallel.tensor_parallel",
+        f"{', '.join(uneven)} {'is' if len(uneven) == 1 else 'are'} not divisible by {tp}; "
+        f"it can be {_divisors(math.gcd(*sizes.values()))}",
+    )
     check(
         parallel.virtual_pipeline_parallel == 1 or pp > 1,
         "parallel.virtual_pipeline_parallel",
@@ -247,7 +248,7 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
         parallel.stages <= model.num_layers,
         "parallel.pipeline_parallel",
         f"{pp} × virtual_pipeline_parallel {parallel.virtual_pipeline_parallel} = {parallel.stages} stages, but the "
-        f"model has {model.num_layers} layers; lower one of the two",
+        f"model has {model.num_layers} layers; at most that many stages can be",
     )
     check(
         not parallel.sequence_parallel or tp > 1,
@@ -264,7 +265,7 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
     check(
         split_evenly,
         "parallel.context_parallel",
-        f"data.sequence_length {length} is not divisible by {cp}; lower this, or make the length a multiple of it",
+        f"data.sequence_length {length} is not divisible by {cp}; it can be {_divisors(length)}",
     )
     check(
         not parallel.sequence_parallel or not split_evenly or length // cp % tp == 0,
@@ -281,7 +282,7 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
         training.global_batch_size % training.micro_batch_size == 0,
         "training.global_batch_size",
         f"{training.global_batch_size} is not divisible by training.micro_batch_size {training.micro_batch_size}; "
-        "make it a multiple",
+        f"it can be {-(-training.global_batch_size // training.micro_batch_size) * training.micro_batch_size}",
     )
     return found
 
@@ -297,14 +298,18 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
         return [
             (
                 "parallel",
-                f"{product} = {together} processes work on a row together, but {world_size} were started; "
-                f"start a multiple of {together} (for example {fitting})",
+                f"{product} takes {together} processes for each row, but {world_size} "
+                f"{'was' if world_size == 1 else 'were'} started; start a multiple of {together} "
+                f"(for example --processes {fitting})",
             )
         ]
     data_parallel = world_size // together
     rows = training.micro_batch_size * data_parallel * parallel.micro_batch_multiple
     if training.global_batch_size % rows:
         fitting = -(-training.global_batch_size // rows) * rows
+        share, rest = divmod(training.global_batch_size, rows // training.micro_batch_size)
+        fits = [m for m in range(1, training.micro_batch_size) if not rest and share % m == 0]
+        smaller = f"set micro_batch_size to {fits[-1]}, or raise this: " if fits else ""
         interleaved = (
             f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many "
             "micro-batches at a time)"
@@ -316,7 +321,7 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
                 "training.global_batch_size",
                 f"{training.global_batch_size} is not a multiple of micro_batch_size {training.micro_batch_size} × "
                 f"data-parallel {data_parallel} ({world_size} processes ÷ {together}){interleaved} = {rows}; "
-                f"lower micro_batch_size, or raise this: the next larger one is {fitting}",
+                f"{smaller}the next larger one is {fitting}",
             )
         ]
     return []

@@ -23,6 +23,11 @@ GRACE_SECONDS = 10.0
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is saved; the same command goes on from it
 
 
+def world_size() -> int:
+    """Processes of this run, as torchrun or `launch_local` say; 1 when started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def free_port() -> int:
     """A port that nobody uses, below those that Linux hands out to outgoing connections: none takes it meanwhile."""
     for port in random.SystemRandom().sample(range(10_000, 32_768), 100):

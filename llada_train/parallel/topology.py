@@ -12,6 +12,7 @@ import torch.distributed as dist
 from llada_train.config.errors import UserError
 from llada_train.config.schema import ParallelConfig
 from llada_train.data.loader import Place
+from llada_train.parallel.launch import free_port, world_size
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,6 @@ class Topology:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def world_size() -> int:
-    """Processes of this run, as torchrun or our own launcher say; 1 when started alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
@@ -99,8 +95,6 @@ def _complete_environment() -> None:
                 "--processes N, or unset WORLD_SIZE to run alone"
             )
         return
-    from llada_train.parallel.launch import free_port
-
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
         os.environ.setdefault(name, value)

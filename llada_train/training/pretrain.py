@@ -1,6 +1,5 @@
 """`llada-train pretrain`: build what the config names, in this order, and run the loop."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -17,19 +16,18 @@ from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plot_curves
-from llada_train.training.preflight import open_inputs
+from llada_train.training.preflight import Inputs
 from llada_train.training.signals import StopRequest
 
 
-def pretrain(config_file: Path, overrides: Sequence[str], stop: StopRequest) -> int:
+def pretrain(inputs: Inputs, stop: StopRequest) -> int:
     """Train on this process (one of WORLD_SIZE); returns the exit code: 0 complete, 75 stopped by a signal.
 
     `stop` was made before anything heavy was imported, so that no signal is missed.
 
     Raises:
-        UserError: config, data, tokenizer, run folder or checkpoint are at fault.
+        UserError: run folder, checkpoint or environment are at fault.
     """
-    inputs = open_inputs(config_file, overrides, topology.world_size())
     config, data, run = inputs.config, inputs.data, inputs.run
     if topology.rank() == 0:
         run.prepare()
