@@ -525,8 +525,8 @@ of a step, also of pages that are never touched, as an accelerator has to. Resid
 imports, and holds what the C library has not given back.
 
 With more processes than cores, seconds per step compare with each other only; the CPU time of all processes ÷ that of
-one process is what shows wasted work. ZeRO 2 and 3 send every gradient after every micro-batch, which is small here, and
-hold a bucket of up to 200 MB for it, which is more than they save on a model as small as this.
+one process is what shows wasted work. ZeRO 2 and 3 send every gradient after every micro-batch, which is small here,
+and hold a bucket of up to 200 MB for it, which is more than they save on a model as small as this.
 Waiting is 1 − CPU ÷ clock time; the bubble is (p − 1) ÷ (m·v + p − 1) for p
 stages, m micro-batches, v chunks.
 
