@@ -41,10 +41,16 @@ class FragmentEntry(_Strict):
     stop: NonNegativeInt
 
 
-class Manifest(_Strict):
-    format: int
+class Progress(_Strict):
+    """Where a run stands, besides its tensors."""
+
     step: NonNegativeInt
     consumed_samples: NonNegativeInt
+
+
+class Manifest(_Strict):
+    format: int
+    progress: Progress
     optimizer_steps: NonNegativeInt
     versions: dict[str, str]
     config: Config

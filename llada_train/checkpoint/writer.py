@@ -3,7 +3,6 @@
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, FragmentEntry, Manifest
+from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, FragmentEntry, Manifest, Progress
 from llada_train.checkpoint.reader import Checkpoint, sha256
 from llada_train.checkpoint.store import LATEST, checkpoints, folder_name
 from llada_train.config.errors import UserError
@@ -22,14 +21,6 @@ from llada_train.config.schema import Config
 from llada_train.model.sizes import MASTER
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.zero import Fragment
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, besides its tensors."""
-
-    step: int
-    consumed_samples: int
 
 
 def save(root: Path, engine: Engine, config: Config, progress: Progress, keep: int) -> Path:
@@ -81,7 +72,7 @@ def load(checkpoint: Checkpoint, engine: Engine) -> Progress:
             if kind != MASTER:
                 state.copy_(checkpoint.read_runs(fragment.shard.name, kind, fragment.runs()))
     engine.optimizer_steps = checkpoint.manifest.optimizer_steps
-    return Progress(checkpoint.manifest.step, checkpoint.manifest.consumed_samples)
+    return checkpoint.manifest.progress
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -138,8 +129,7 @@ def _finish(
                 tensors.setdefault(name, []).append(entry)
         manifest = Manifest(
             format=FORMAT,
-            step=progress.step,
-            consumed_samples=progress.consumed_samples,
+            progress=progress,
             optimizer_steps=engine.optimizer_steps,
             versions={package: version(package) for package in ("llada-train", "torch", "megatron-core", "deepspeed")},
             config=config,

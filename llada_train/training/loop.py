@@ -3,9 +3,10 @@
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from llada_train.checkpoint.writer import Progress, save
+from llada_train.checkpoint.manifest import Progress
+from llada_train.checkpoint.writer import save
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
@@ -78,8 +79,7 @@ class Trainer:
         return self.progress.consumed_samples >= config.train_samples
 
     def _advance(self) -> None:
-        self.progress = replace(
-            self.progress,
+        self.progress = Progress(
             step=self.progress.step + 1,
             consumed_samples=self.progress.consumed_samples + self.config.training.global_batch_size,
         )

@@ -3,9 +3,10 @@
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from llada_train.checkpoint.manifest import Progress
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
-from llada_train.checkpoint.writer import Progress, load, verify
+from llada_train.checkpoint.writer import load, verify
 from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights

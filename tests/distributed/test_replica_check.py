@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replica_faults import STEPS, Damage, damaged_step, verdicts
 
-from llada_train.checkpoint.writer import Progress
+from llada_train.checkpoint.manifest import Progress
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.parallel import replicas
@@ -194,6 +194,6 @@ def trainer_of_ten_steps(
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
         log=None,
         stop=SimpleNamespace(agreed=lambda device: False),  # type: ignore[arg-type]
-        progress=Progress(0, 0),
+        progress=Progress(step=0, consumed_samples=0),
     )
     return trainer, events

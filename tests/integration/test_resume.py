@@ -74,7 +74,7 @@ def numbers(config: Path) -> list[Record]:
 def assert_same_weights(*configs: Path) -> None:
     newest = [checkpoints(config.parent / "run" / FOLDER)[-1] for config in configs]
     with Checkpoint(newest[0]) as x, Checkpoint(newest[1]) as y:
-        assert x.manifest.step == y.manifest.step == STEPS
+        assert x.manifest.progress.step == y.manifest.progress.step == STEPS
         for name in x.names():
             assert torch.equal(x.read(name), y.read(name)), name
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llada_train.checkpoint import manifest as manifest_file
-from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, FragmentEntry, Manifest
+from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, FragmentEntry, Manifest, Progress
 from llada_train.checkpoint.reader import Checkpoint, sha256
 from llada_train.checkpoint.store import FOLDER, checkpoints, resolve
 from llada_train.config.errors import UserError
@@ -76,8 +76,7 @@ def write(folder: Path, tensor_parallel: int = 2, cuts: Callable[[int], list[int
         save_file(tensors, folder / file)
     manifest = Manifest(
         format=FORMAT,
-        step=3,
-        consumed_samples=12,
+        progress=Progress(step=3, consumed_samples=12),
         optimizer_steps=3,
         versions={},
         config=CONFIG,
