@@ -8,7 +8,7 @@ other wrote.
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
@@ -41,11 +41,23 @@ class FragmentEntry(_Strict):
     stop: NonNegativeInt
 
 
+class GuardState(_Strict):
+    """What llada_train.training.guard knows of the steps before."""
+
+    norms: tuple[NonNegativeFloat, ...] = ()  # of the last applied steps, the newest last
+    skipped_steps: NonNegativeInt = 0  # of the whole run
+    skips_in_a_row: NonNegativeInt = 0
+    first_skipped_sample: NonNegativeInt | None = None  # of those in a row
+    passed_over: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()  # ranges [first, end) of samples
+    went_back_to: NonNegativeInt | None = None  # step of the checkpoint that the run last went back to
+
+
 class Progress(_Strict):
     """Where a run stands, besides its tensors."""
 
     step: NonNegativeInt
     consumed_samples: NonNegativeInt
+    guard: GuardState = GuardState()
 
 
 class Manifest(_Strict):

@@ -142,6 +142,10 @@ class TrainingConfig(Section):
         description="activations computed again in backward instead of kept; selective: what lies between matrix "
         "multiplications (norms, SwiGLU); full: whole layers",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="on GPUs: only kernels that give the same bits every time, slower; CPUs always give the same bits",
+    )
     replica_check_interval_steps: PositiveInt | None = Field(
         default=None,
         description="steps between checks that parameters of which several ranks hold copies are equal bit for bit; "
@@ -179,6 +183,22 @@ class ParallelConfig(Section):
         return self.pipeline_parallel if self.virtual_pipeline_parallel > 1 else 1
 
 
+class GuardConfig(Section):
+    """Steps that are not applied. A loss or gradient that is not finite never is."""
+
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="a gradient norm of more than so many times the median of the window is a spike, and its step is "
+        "not applied; none: any finite norm is fine",
+    )
+    window_steps: PositiveInt = Field(default=128, description="applied steps whose norms the median is of")
+    max_skips: PositiveInt = Field(
+        default=5,
+        description="after so many refused steps in a row the run goes back to its last checkpoint and passes over "
+        "their samples",
+    )
+
+
 class CheckpointConfig(Section):
     interval_steps: PositiveInt = 1000
     keep: PositiveInt = Field(default=3, description="newest checkpoints kept; older ones are removed")
@@ -208,6 +228,7 @@ class Config(Section):
     optimizer: OptimizerConfig
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -115,5 +115,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor
     else:
         cu_seqlens_q, cu_seqlens_kv = segments.cu_seqlens_q, segments.cu_seqlens_kv
     tokens = [x.transpose(0, 1).flatten(0, 1) for x in (q, k, v)]
-    out = flash_attn_varlen_func(*tokens, cu_seqlens_q, cu_seqlens_kv, S, whole, causal=False)
+    out = flash_attn_varlen_func(
+        *tokens,
+        cu_seqlens_q,
+        cu_seqlens_kv,
+        S,
+        whole,
+        causal=False,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
     return out.reshape(B, S, *q.shape[2:]).transpose(0, 1)

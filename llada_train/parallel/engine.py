@@ -13,7 +13,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -27,6 +27,7 @@ from llada_train.data.batch import Batch
 from llada_train.model.transformer import LLaDATransformer, Stage, transformer_config
 from llada_train.model.weights import Shard, shards
 from llada_train.parallel import cpu
+from llada_train.parallel.gate import Accepts, Gate
 from llada_train.parallel.replicas import check_replicas
 from llada_train.parallel.topology import Topology
 from llada_train.parallel.zero import FlatPartition, Fragment, ParameterPartition
@@ -62,6 +63,14 @@ class Losses:
             float(loss * rows / count) if count else None
             for loss, count in zip(self.bucket_losses, self.bucket_rows, strict=True)
         ]
+
+
+class Step(NamedTuple):
+    """What one optimizer step did; equal on every rank."""
+
+    losses: Losses
+    gradient_norm: float  # before clipping; inf where it is not finite
+    applied: bool  # False: the step was refused, weights and moments are as before
 
 
 def _data_parallel_group() -> dist.ProcessGroup:
@@ -105,6 +114,7 @@ class Engine:
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use on every rank
             self._engine = self._deepspeed_engine()
         self._state = (ParameterPartition if self._zero_stage == 3 else FlatPartition)(self._engine.optimizer)
+        self._gate = Gate(self._engine.optimizer, topology.device)
         if not self._adds_gradients_in_hooks:
             model_config.grad_scale_func = self._engine.scale
         if self._zero_stage > 1:
@@ -166,11 +176,16 @@ class Engine:
         return self._state.fragments(self.shards)
 
     def train_step(
-        self, batches: list[Batch], learning_rate: float, check_replicas_of_step: int | None = None
-    ) -> tuple[Losses, float]:
-        """One optimizer step on this rank's micro-batches of a global batch: (losses, gradient norm before clipping).
+        self,
+        batches: list[Batch],
+        learning_rate: float,
+        accepts: Accepts = lambda loss, norm: True,
+        check_replicas_of_step: int | None = None,
+    ) -> Step:
+        """One optimizer step on this rank's micro-batches of a global batch.
 
-        Every rank of a model copy passes the same batches. `check_replicas_of_step`: compare all copies of the
+        Every rank of a model copy passes the same batches. `accepts` is asked before the update; if any rank's says no,
+        or the gradient is not finite, nothing is updated. `check_replicas_of_step`: compare all copies of the
         parameters before the update; the number of the step is for the message.
 
         Raises:
@@ -189,8 +204,7 @@ class Engine:
             losses = self._run(batches, self._engine, nullcontext())
         if check_replicas_of_step is not None:
             check_replicas(self.shards, check_replicas_of_step)
-        self._engine.step()
-        return losses, float(self._engine.get_global_grad_norm())
+        return Step(losses, *self._gate.apply(self._engine.step, accepts, losses.loss))
 
     @contextmanager
     def _before_the_last_micro_batch(self) -> Iterator[None]:

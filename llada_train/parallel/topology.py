@@ -61,6 +61,14 @@ def initialize(parallel: ParallelConfig) -> Topology:
     return Topology(rank=dist.get_rank(), world_size=dist.get_world_size(), place=place, device=device)
 
 
+def make_deterministic() -> None:
+    """From now on, and before the first kernel: the same layout gives the same bits on GPUs, as it does on CPUs."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS picks other kernels if workspaces may come and go
+    os.environ["NCCL_ALGO"] = "Ring"  # else the order of a sum follows from what NCCL measures at start
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
 def initialize_groups(parallel: ParallelConfig) -> Place:
     """megatron-core's groups inside the process group that is there; what this process reads of a global batch."""
     from megatron.core import parallel_state

@@ -33,6 +33,8 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
     if topology.rank() == 0:
         run.prepare()
         run.lock()
+    if config.training.deterministic:
+        topology.make_deterministic()
     here = topology.initialize(config.parallel)
     try:
         engine = Engine(config, here)

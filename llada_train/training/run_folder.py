@@ -18,10 +18,11 @@ _FREE = (
     "init_from",
     "training.micro_batch_size",
     "training.recompute",
+    "training.deterministic",
     "training.replica_check_interval_steps",
     "data.prefetch",
 )
-_FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "checkpoint.", "validation.", "logging.")
+_FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "guard.", "checkpoint.", "validation.", "logging.")
 
 
 class RunFolder:

@@ -5,20 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from training_run import initial_engine
+
+from llada_train.config.errors import UserError
+from llada_train.config.load import load_config
+from llada_train.data.loader import TrainingLoader
+from llada_train.data.rows import PretrainingData
+from llada_train.model.sizes import MASTER
 from llada_train.parallel import topology
-
-topology.quiet_engines()
-
-import torch  # noqa: E402
-
-from llada_train.config.errors import UserError  # noqa: E402
-from llada_train.config.load import load_config  # noqa: E402
-from llada_train.data.loader import TrainingLoader  # noqa: E402
-from llada_train.data.rows import PretrainingData  # noqa: E402
-from llada_train.model.sizes import MASTER  # noqa: E402
-from llada_train.model.weights import InitialWeights  # noqa: E402
-from llada_train.parallel.engine import Engine  # noqa: E402
-from llada_train.parallel.replicas import check_replicas  # noqa: E402
+from llada_train.parallel.engine import Engine
+from llada_train.parallel.replicas import check_replicas
 
 STEPS = 2
 
@@ -34,13 +31,12 @@ def verdicts(config_file: Path, overrides: list[str], damages: list[Damage]) -> 
     """What the check of step STEPS says on this rank: of the sound state, then of each damage alone."""
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
-    engine = Engine(config, here)
-    initial = InitialWeights(config.model, config.seed)
-    engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
+    engine = initial_engine(config, here)
     loader = TrainingLoader(PretrainingData(config), config, here.place)
 
     for number in range(STEPS):
-        engine.train_step(loader.global_batch(number * config.training.global_batch_size), 1e-3, number)
+        batches = loader.global_batch(number * config.training.global_batch_size)
+        engine.train_step(batches, 1e-3, check_replicas_of_step=number)
     found = [_verdict(engine)]
     for damage in damages:
         _apply(engine, damage, here.rank)
@@ -54,12 +50,10 @@ def damaged_step(config_file: Path, damage: Damage, steps: int) -> list[str | No
     """What each of so many steps with a check says, of damage done before the first."""
     config = load_config(config_file, ["parallel.tensor_parallel=2"], topology.world_size())
     here = topology.initialize(config.parallel)
-    engine = Engine(config, here)
-    initial = InitialWeights(config.model, config.seed)
-    engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
+    engine = initial_engine(config, here)
     batches = TrainingLoader(PretrainingData(config), config, here.place).global_batch(0)
     _apply(engine, damage, here.rank)
-    found = [_said(lambda: engine.train_step(batches, 1e-3, STEPS)) for _ in range(steps)]
+    found = [_said(lambda: engine.train_step(batches, 1e-3, check_replicas_of_step=STEPS)) for _ in range(steps)]
     topology.shutdown()
     return found
 

@@ -50,7 +50,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
     with nullcontext() if fault is None else FAULTS[fault]():
-        engine = _engine(config, here)
+        engine = initial_engine(config, here)
         data, size = PretrainingData(config), config.training.global_batch_size
         loader = TrainingLoader(data, config, here.place)
         results, digests = [], []
@@ -59,10 +59,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
             digests.append(digest(batches))
             results.append(engine.train_step(batches, LEARNING_RATE))
         held_out = engine.evaluate(validation_batches(data, config, here.place))
-        state = hashlib.sha256()
-        for fragment in engine.fragments():
-            for tensor in fragment.state.values():
-                state.update(tensor.numpy().tobytes())
+        state = digest_of_state(engine)
         save(checkpoints, engine, config, Progress(step=steps, consumed_samples=steps * size), keep=1)
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_rank(),
@@ -70,12 +67,12 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
     )
     topology.shutdown()
     return Run(
-        losses=[losses.loss for losses, _ in results],
-        norms=[norm for _, norm in results],
-        bounds_by_t=[losses.bound_by_t() for losses, _ in results],
+        losses=[step.losses.loss for step in results],
+        norms=[step.gradient_norm for step in results],
+        bounds_by_t=[step.losses.bound_by_t() for step in results],
         validation=held_out.loss,
         digests=digests,
-        state=state.hexdigest(),
+        state=state,
         model_rank=(tensor, pipeline),
     )
 
@@ -85,18 +82,28 @@ def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: 
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
     with nullcontext() if fault is None else FAULTS[fault]():
-        engine = _engine(config, here)
+        engine = initial_engine(config, here)
         batch = TrainingLoader(PretrainingData(config), config, here.place).global_batch(0)[0]
-        _, norm = engine.train_step([batch] * count, LEARNING_RATE)
+        norm = engine.train_step([batch] * count, LEARNING_RATE).gradient_norm
     topology.shutdown()
     return norm
 
 
-def _engine(config: Config, here: Topology) -> Engine:
+def initial_engine(config: Config, here: Topology) -> Engine:
+    """An engine with the config's own initial weights."""
     engine = Engine(config, here)
     initial = InitialWeights(config.model, config.seed)
     engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     return engine
+
+
+def digest_of_state(engine: Engine) -> str:
+    """Of the masters and moments that this rank owns."""
+    state = hashlib.sha256(str(engine.optimizer_steps).encode())
+    for fragment in engine.fragments():
+        for tensor in fragment.state.values():
+            state.update(tensor.numpy().tobytes())
+    return state.hexdigest()
 
 
 def digest(batches: list[Batch]) -> dict[int, int]:

@@ -1,0 +1,38 @@
+"""The last word before the update: a step whose loss or gradient is at fault leaves weights and moments as they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Accepts = Callable[[float, float], bool]  # (loss, gradient norm before clipping) → is the step to be applied?
+
+
+class Gate:
+    """Asks, once in each step, when the norm is known and before Adam reads the gradients; all ranks act alike."""
+
+    def __init__(self, optimizer: Any, device: torch.device) -> None:
+        """`optimizer`: DeepSpeed's wrapper, whose own optimizer leaves parameters without a gradient as they are."""
+        self._optimizer, self._device = optimizer, device
+        self._ask: Callable[[], bool] = lambda: True
+        self._answer: bool | None = None
+        optimizer.optimizer.register_step_pre_hook(self._before_adam)
+
+    def apply(self, update: Callable[[], None], accepts: Accepts, loss: float) -> tuple[float, bool]:
+        """Run DeepSpeed's `update`: (gradient norm before clipping, was it applied?).
+
+        A gradient that is not finite is never applied: DeepSpeed skips it by itself, and its norm is inf.
+        """
+        self._ask = lambda: accepts(loss, float(self._optimizer._global_grad_norm))
+        self._answer = None
+        update()
+        return float(self._optimizer._global_grad_norm), bool(self._answer)
+
+    def _before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
+        if self._answer is None:  # else another partition of the same step
+            refusals = torch.tensor(int(not self._ask()), device=self._device)
+            dist.all_reduce(refusals, op=dist.ReduceOp.MAX)  # norms of ranks may differ in their last bit
+            self._answer = not refusals
+        if not self._answer:
+            adam.zero_grad(set_to_none=True)
