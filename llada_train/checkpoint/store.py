@@ -1,9 +1,10 @@
 """Which checkpoints a run folder holds."""
 
 import re
+import shutil
 from pathlib import Path
 
-from llada_train.checkpoint.manifest import FILE_NAME
+from llada_train.checkpoint.manifest import FILE_NAME, read_manifest
 from llada_train.config.errors import UserError
 
 FOLDER = "checkpoints"
@@ -21,6 +22,21 @@ def checkpoints(root: Path) -> list[Path]:
         return []
     found = [path for path in root.iterdir() if _NAME.fullmatch(path.name) and (path / FILE_NAME).exists()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def newest_before(root: Path, sample: int) -> Path | None:
+    """The newest checkpoint of a state that has consumed no sample from `sample` on; None: there is none."""
+    for folder in reversed(checkpoints(root)):
+        if read_manifest(folder).progress.consumed_samples <= sample:
+            return folder
+    return None
+
+
+def remove_newer(checkpoint: Path) -> None:
+    """Remove the checkpoints of its run that are newer than it."""
+    found = checkpoints(checkpoint.parent)
+    for folder in found[found.index(checkpoint) + 1 :]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_hf_folder(path: Path) -> bool:

@@ -86,6 +86,23 @@ def _segments(lengths: np.ndarray, sequence_length: int, columns: range) -> Segm
     )
 
 
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This process's micro-batches of the samples [first_sample, end_sample)."""
+
+    first_sample: int
+    end_sample: int
+    batches: list[Batch]
+
+
+def next_sample(sample: int, passed_over: Sequence[tuple[int, int]]) -> int:
+    """`sample`, or the first one after it that lies in none of the ranges [first, end)."""
+    for first, end in sorted(passed_over):
+        if first <= sample < end:
+            sample = end
+    return sample
+
+
 class TrainingLoader:
     """This process's part of each global batch: a contiguous block of its rows, in micro-batches."""
 
@@ -113,22 +130,32 @@ class TrainingLoader:
         rows = [_row(t, noise, i) for t, i in zip(tokens, self._block, strict=True)]
         return _micro_batches(rows, data, config, self._place)
 
-    def iterate(self, consumed_samples: int, until_samples: int) -> Generator[list[Batch], None, None]:
+    def iterate(
+        self, consumed_samples: int, until_samples: int, passed_over: Sequence[tuple[int, int]] = ()
+    ) -> Generator[GlobalBatch, None, None]:
         """The global batches that start at consumed_samples, consumed_samples + N, … before until_samples.
 
-        A background thread keeps data.prefetch of them ready. What it raises is raised here, at the batch concerned.
-        Closing the iterator stops the thread.
+        Those that start in a range [first, end) of `passed_over` are left out. A background thread keeps data.prefetch
+        of them ready. What it raises is raised here, at the batch concerned. Closing the iterator stops the thread.
         """
-        starts = iter(range(consumed_samples, until_samples, self._config.training.global_batch_size))
+        size = self._config.training.global_batch_size
+        starts = (
+            sample
+            for sample in range(consumed_samples, until_samples, size)
+            if next_sample(sample, passed_over) == sample
+        )
         # A new thread pins memory for device 0, whatever the process's device is.
         on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
         executor = ThreadPoolExecutor(1, "loader", *on_device)
         try:
-            ready = deque(executor.submit(self.global_batch, s) for s in islice(starts, self._config.data.prefetch))
+            ready = deque(
+                (s, executor.submit(self.global_batch, s)) for s in islice(starts, self._config.data.prefetch)
+            )
             while ready:
-                batches = ready.popleft().result()
-                ready.extend(executor.submit(self.global_batch, s) for s in islice(starts, 1))
-                yield batches
+                first_sample, made = ready.popleft()
+                batches = made.result()
+                ready.extend((s, executor.submit(self.global_batch, s)) for s in islice(starts, 1))
+                yield GlobalBatch(first_sample, first_sample + size, batches)
         finally:
             executor.shutdown(cancel_futures=True)
 

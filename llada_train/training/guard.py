@@ -20,12 +20,12 @@ class Guard:
         if not math.isfinite(loss):
             return f"loss {loss}"
         if not math.isfinite(gradient_norm):
-            return "the gradient is not finite"
+            return f"gradient norm {gradient_norm}"
         factor, norms = self.config.spike_factor, self.state.norms
         if factor is not None and len(norms) >= self.config.window_steps:
             usual = median(norms)
             if gradient_norm > factor * usual:
-                return f"gradient norm {gradient_norm:.3g} is {gradient_norm / usual:.1f} × the median {usual:.3g}"
+                return f"gradient norm {gradient_norm:.3g}, more than {factor:g} × the median {usual:.3g}"
         return None
 
     def accepts(self, loss: float, gradient_norm: float) -> bool:
@@ -47,9 +47,13 @@ class Guard:
         )
         return self.state.skips_in_a_row >= self.config.max_skips
 
-    def went_back(self, step: int, passed_over: tuple[int, int]) -> None:
+    def went_back(self, step: int, passed_over: tuple[int, int], skips: int) -> None:
         """Go on from the checkpoint of `step`, whose state this guard was made with, without those samples."""
-        self._change(passed_over=(*self.state.passed_over, passed_over), went_back_to=step)
+        self._change(
+            passed_over=(*self.state.passed_over, passed_over),
+            skipped_steps=self.state.skipped_steps + skips,
+            went_back_to=step,
+        )
 
     def _change(self, **values: object) -> None:
         self.state = self.state.model_copy(update=values)

@@ -4,15 +4,20 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from llada_train.checkpoint.manifest import Progress
-from llada_train.checkpoint.writer import save
+from llada_train.checkpoint.reader import Checkpoint
+from llada_train.checkpoint.store import newest_before, remove_newer
+from llada_train.checkpoint.writer import load, save
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
-from llada_train.data.loader import TrainingLoader
+from llada_train.data.loader import GlobalBatch, TrainingLoader, next_sample
 from llada_train.model.sizes import flops_per_token
-from llada_train.parallel.engine import Engine, Losses
+from llada_train.parallel.engine import Engine, Losses, Step
+from llada_train.parallel.topology import broadcast
+from llada_train.training.guard import Guard
 from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
 from llada_train.training.run_folder import RunFolder
@@ -35,6 +40,12 @@ class _Interval:
         self.data_wait += data_wait
 
 
+class _Outcome(Enum):
+    COMPLETE = auto()
+    STOPPED = auto()  # by a signal
+    HAS_TO_GO_BACK = auto()  # too many steps in a row could not be applied
+
+
 class Trainer:
     def __init__(
         self,
@@ -49,60 +60,100 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.run, self.log, self.stop, self.progress = run, log, stop, progress
+        self.guard = Guard(config.guard, progress.guard)
         self.saved_step = progress.step if progress.step else None
 
     def train(self) -> bool:
         """Run to the end, or until a signal: True when the run is complete. A checkpoint is saved either way."""
-        config = self.config
-        interval = _Interval()
-        with closing(self.loader.iterate(self.progress.consumed_samples, config.train_samples)) as global_batches:
-            while self.progress.consumed_samples < config.train_samples:
-                started = time.perf_counter()
-                batches = next(global_batches)
+        while (outcome := self._train()) is _Outcome.HAS_TO_GO_BACK:
+            self._go_back()
+        self._save()
+        return outcome is _Outcome.COMPLETE
+
+    def _train(self) -> _Outcome:
+        config, interval = self.config, _Interval()
+        steps = self.loader.iterate(self.progress.consumed_samples, config.train_samples, self.guard.state.passed_over)
+        with closing(steps):
+            started = time.perf_counter()
+            for batch in steps:
                 data_wait = time.perf_counter() - started
-                rate = learning_rate(config.optimizer.learning_rate, self._tokens(), self._tokens_per_step())
-                losses, gradient_norm = self.engine.train_step(batches, rate, self._step_to_check())
-                self._advance()
-                self._refuse_non_finite(losses.loss, gradient_norm)
-                interval.add(losses, time.perf_counter() - started, data_wait)
+                rate = learning_rate(
+                    config.optimizer.learning_rate, self._tokens(batch.first_sample), self._tokens_per_step()
+                )
+                step = self.engine.train_step(batch.batches, rate, self.guard.accepts, self._step_to_check())
+                hopeless = self._judge(batch, step)
+                if hopeless:
+                    return _Outcome.HAS_TO_GO_BACK
+                if step.applied:
+                    interval.add(step.losses, time.perf_counter() - started, data_wait)
                 stopping = self.stop.agreed(self.engine.topology.device)
-                if stopping or self._due(config.logging.interval_steps):
-                    self._report(interval, rate, gradient_norm)
+                if interval.steps and (stopping or self._due(config.logging.interval_steps)):
+                    self._report(interval, rate, step.gradient_norm)
                     interval = _Interval()
                 if self._due(config.validation.interval_steps):
                     self._validate()
                 if self._due(config.checkpoint.interval_steps):
                     self._save()
-                if stopping:
-                    break
-        self._save()
-        return self.progress.consumed_samples >= config.train_samples
+                if stopping and not self._complete():
+                    return _Outcome.STOPPED
+                started = time.perf_counter()
+        return _Outcome.COMPLETE
 
-    def _advance(self) -> None:
-        self.progress = Progress(
-            step=self.progress.step + 1,
-            consumed_samples=self.progress.consumed_samples + self.config.training.global_batch_size,
-        )
+    def _judge(self, batch: GlobalBatch, step: Step) -> bool:
+        """Count the step, which was applied or not: have there been too many in a row that were not?"""
+        number, hopeless = self.progress.step + 1, False
+        if step.applied:
+            self.guard.applied(step.gradient_norm)
+        else:
+            reason = self.guard.objection(step.losses.loss, step.gradient_norm)
+            hopeless = self.guard.skipped(batch.first_sample)
+            if self.log is not None:
+                self.log.skipped(step=number, consumed_samples=batch.end_sample, reason=str(reason))
+        self.progress = Progress(step=number, consumed_samples=batch.end_sample, guard=self.guard.state)
+        return hopeless
+
+    def _go_back(self) -> None:
+        """Load the newest checkpoint from before the steps in a row that were not applied, and pass over their samples.
+
+        Raises:
+            UserError: there is none, or the run went back to it before.
+        """
+        bad, number = self.guard.state, self.progress.step
+        assert bad.first_skipped_sample is not None
+        passed_over = (bad.first_skipped_sample, self.progress.consumed_samples)
+        folder = broadcast(newest_before(self.run.checkpoints, bad.first_skipped_sample))
+        trouble = f"step {number:,}: {bad.skips_in_a_row} steps in a row could not be applied (the reasons are above)"
+        advice = "lower the learning rate to come, as LLaDA's authors did, or look at the data, and run again"
+        if folder is None:
+            raise UserError(f"{trouble}, and there is no checkpoint from before them to go back to; {advice}")
+        with Checkpoint(folder) as checkpoint:
+            if checkpoint.manifest.progress.step == bad.went_back_to:
+                raise UserError(
+                    f"{trouble}, and the run went back to step {bad.went_back_to:,} once already; it stops. {folder} "
+                    f"is sound: {advice}"
+                )
+            self.progress = load(checkpoint, self.engine)
+        self.saved_step = self.progress.step
+        self.guard = Guard(self.config.guard, self.progress.guard)
+        self.guard.went_back(self.progress.step, passed_over, bad.skips_in_a_row)
+        if self.log is not None:
+            remove_newer(folder)
+            self.log.went_back(step=self.progress.step, from_step=number, passed_over=passed_over)
+
+    def _complete(self) -> bool:
+        consumed = next_sample(self.progress.consumed_samples, self.guard.state.passed_over)
+        return consumed >= self.config.train_samples
 
     def _due(self, interval_steps: int) -> bool:
         """Every so many steps, and at the end of the run."""
-        return self.progress.step % interval_steps == 0 or self.progress.consumed_samples >= self.config.train_samples
+        return self.progress.step % interval_steps == 0 or self._complete()
 
-    def _tokens(self) -> int:
-        """Nominal tokens so far: the clock of the learning-rate phases."""
-        return self.progress.consumed_samples * self.config.data.sequence_length
+    def _tokens(self, samples: int) -> int:
+        """Nominal tokens of so many samples: the clock of the learning-rate phases."""
+        return samples * self.config.data.sequence_length
 
     def _tokens_per_step(self) -> int:
         return self.config.training.global_batch_size * self.config.data.sequence_length
-
-    def _refuse_non_finite(self, loss: float, gradient_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(gradient_norm):
-            return
-        raise UserError(
-            f"step {self.progress.step}: loss {loss}, gradient norm {gradient_norm}: not finite; the run stops. "
-            f"Its checkpoints in {self.run.checkpoints} are sound: LLaDA's authors went on from one with a lower "
-            "learning rate"
-        )
 
     def _step_to_check(self) -> int | None:
         """The number of the step to come, if the ranks are to compare their copies of the parameters in it."""
@@ -117,7 +168,7 @@ class Trainer:
         self.log.train(
             step=self.progress.step,
             consumed_samples=self.progress.consumed_samples,
-            tokens=self._tokens(),
+            tokens=self._tokens(self.progress.consumed_samples),
             loss=interval.losses.loss / interval.steps,
             learning_rate=rate,
             grad_norm=gradient_norm,
@@ -132,10 +183,17 @@ class Trainer:
         if not self.validation:
             return
         losses = self.engine.evaluate(self.validation)
-        self._refuse_non_finite(losses.loss, 0.0)
+        if not math.isfinite(losses.loss):
+            raise UserError(
+                f"step {self.progress.step:,}: the bound on held-out documents is {losses.loss}; the run stops. Its "
+                f"checkpoints in {self.run.checkpoints} are from before: go on from one with a lower learning rate"
+            )
         if self.log is not None:
             self.log.validation(
-                step=self.progress.step, tokens=self._tokens(), bound=losses.loss, bound_by_t=losses.bound_by_t()
+                step=self.progress.step,
+                tokens=self._tokens(self.progress.consumed_samples),
+                bound=losses.loss,
+                bound_by_t=losses.bound_by_t(),
             )
 
     def _save(self) -> None:

@@ -19,6 +19,8 @@ METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "loss_curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
 
+KINDS = ("train", "validation", "skip", "went_back")
+
 Record = dict[str, Any]
 
 
@@ -34,18 +36,22 @@ class MetricsLog:
         Raises:
             UserError: metrics.jsonl holds something else than metrics.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
+        self._run_dir = run_dir
         self._last_tokens = config.train_samples * config.data.sequence_length
         self._console = console or Console(highlight=False)
-        path = run_dir / METRICS_FILE
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= resumed_step and resumed_step > 0]
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self._run_dir / METRICS_FILE
+        kept = [record for record in read_metrics(self._run_dir) if _is_before(record, resumed_step)]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         purge_from = resumed_step + 1 if resumed_step else 0
-        self._tensorboard = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER), purge_step=purge_from)
+        self._tensorboard = SummaryWriter(str(self._run_dir / TENSORBOARD_FOLDER), purge_step=purge_from)
 
     def train(
         self,
@@ -93,6 +99,24 @@ class MetricsLog:
         self._scalars("validation_bound_by_t", step, _by_t(bound_by_t))
         self._tell(f"[bold]step {step:>7,}[/]  [green]held-out bound {bound:.4f} nats/token[/]")
 
+    def skipped(self, *, step: int, consumed_samples: int, reason: str) -> None:
+        """Record that `step` was not applied."""
+        self._append({"kind": "skip", "step": step, "consumed_samples": consumed_samples, "reason": reason})
+        self._tell(f"[bold]step {step:>7,}[/]  [yellow]not applied: {reason}[/]")
+
+    def went_back(self, *, step: int, from_step: int, passed_over: tuple[int, int]) -> None:
+        """Drop what came after `step`, and record that the run went back there, to pass over samples [first, end)."""
+        self.close()
+        self._open(step)
+        first, end = passed_over
+        self._append(
+            {"kind": "went_back", "step": step, "from_step": from_step, "first_sample": first, "end_sample": end}
+        )
+        self._tell(
+            f"[bold]step {from_step:>7,}[/]  [yellow]going back to step {step:,}, passing over samples {first:,} to "
+            f"{end - 1:,}[/]"
+        )
+
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
@@ -123,7 +147,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if record["kind"] not in ("train", "validation") or not isinstance(record["step"], int):
+            if record["kind"] not in KINDS or not isinstance(record["step"], int):
                 raise KeyError
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: not a metrics record; mend the line, or remove it") from None
@@ -191,6 +215,12 @@ def _by_t(values: Sequence[float | None]) -> dict[str, float]:
     """TensorBoard names of the buckets that hold something: 0.3-0.4 → value."""
     width = 1 / len(values)
     return {f"{i * width:.1f}-{(i + 1) * width:.1f}": v for i, v in enumerate(values) if v is not None}
+
+
+def _is_before(record: Record, resumed_step: int) -> bool:
+    """Had it happened when the checkpoint of `resumed_step` was saved? 0: there is none."""
+    step: int = record["step"]
+    return step < resumed_step or (step == resumed_step and record["kind"] != "went_back" and resumed_step > 0)
 
 
 def _line(record: Record) -> str:

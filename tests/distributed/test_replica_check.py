@@ -16,8 +16,10 @@ from replica_faults import STEPS, Damage, damaged_step, verdicts
 from llada_train.checkpoint.manifest import Progress
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
+from llada_train.data.loader import GlobalBatch
 from llada_train.parallel import replicas
-from llada_train.parallel.engine import Losses
+from llada_train.parallel.engine import Losses, Step
+from llada_train.parallel.gate import Accepts
 from llada_train.training import loop
 from llada_train.training.loop import Trainer
 
@@ -170,19 +172,20 @@ def trainer_of_ten_steps(
     config = load_config(path, [])
     events: list[tuple[str, int]] = []
 
-    def train_step(batches: list[Any], rate: float, check_as: int | None) -> tuple[Losses, float]:
+    def train_step(batches: list[Any], rate: float, accepts: Accepts, check_as: int | None) -> Step:
         if check_as is not None:
             events.append(("check", check_as))
         if check_as is not None and check_as == damaged_at:
             raise UserError("damaged")
-        return Losses.none(), 1.0
+        return Step(Losses.none(), 1.0, applied=True)
 
     def save(root: Path, engine: Any, config: Any, progress: Progress, keep: int) -> None:
         events.append(("save", progress.step))
 
-    def batches(first: int, last: int) -> Iterator[list[Any]]:
-        while True:
-            yield []
+    def batches(first: int, last: int, passed_over: Any) -> Iterator[GlobalBatch]:
+        size = config.training.global_batch_size
+        for sample in range(first, last, size):
+            yield GlobalBatch(sample, sample + size, [])
 
     engine = SimpleNamespace(train_step=train_step, topology=SimpleNamespace(device=torch.device("cpu")))
     monkeypatch.setattr(loop, "save", save)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
-from llada_train.data.loader import Place, Row, TrainingLoader, collate, validation_batches
+from llada_train.data.loader import Place, Row, TrainingLoader, collate, next_sample, validation_batches
 from llada_train.data.rows import PretrainingData
 
 N, S, MASK_ID, PADDING_ID = 16, 32, 98, 99
@@ -302,9 +302,24 @@ def test_resuming_goes_on_as_if_nothing_had_happened(loader: TrainingLoader) -> 
     resumed = list(loader.iterate(2 * N, 6 * N))
     assert (len(whole), len(resumed)) == (6, 4)
     for a, b in zip(whole[2:], resumed, strict=True):
-        assert all(equal(x, y) for x, y in zip(a, b, strict=True))
-    assert whole[3][0].sample_index.tolist() == [3 * N, 3 * N + 1]
+        assert (a.first_sample, a.end_sample) == (b.first_sample, b.end_sample)
+        assert all(equal(x, y) for x, y in zip(a.batches, b.batches, strict=True))
+    assert whole[3].batches[0].sample_index.tolist() == [3 * N, 3 * N + 1]
     assert list(loader.iterate(6 * N, 6 * N)) == []
+
+
+def test_passed_over_samples_are_left_out_and_nothing_else(loader: TrainingLoader) -> None:
+    passed_over = [(4 * N, 5 * N), (N, 3 * N)]
+    found = list(loader.iterate(0, 6 * N, passed_over))
+    assert [(batch.first_sample, batch.end_sample) for batch in found] == [(0, N), (3 * N, 4 * N), (5 * N, 6 * N)]
+    assert all(equal(x, y) for x, y in zip(found[1].batches, loader.global_batch(3 * N), strict=True))
+    assert [next_sample(sample, passed_over) for sample in (0, N, 2 * N, 3 * N, 4 * N)] == [
+        0,
+        3 * N,
+        3 * N,
+        3 * N,
+        5 * N,
+    ]
 
 
 def loader_threads() -> list[threading.Thread]:
