@@ -6,13 +6,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from llada_train.checkpoint.manifest import Progress
-from llada_train.checkpoint.writer import save
+from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
 from llada_train.data.loader import TrainingLoader
 from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import Engine, Losses
+from llada_train.parallel.topology import any_rank
 from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
 from llada_train.training.run_folder import RunFolder
@@ -43,20 +44,23 @@ class Trainer:
         loader: TrainingLoader,
         validation: list[Batch],
         run: RunFolder,
+        writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
         stop: StopRequest,
         progress: Progress,
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
-        self.run, self.log, self.stop, self.progress = run, log, stop, progress
-        self.saved_step = progress.step if progress.step else None
+        self.run, self.writer, self.log, self.stop, self.progress = run, writer, log, stop, progress
 
     def train(self) -> bool:
         """Run to the end, or until a signal: True when the run is complete. A checkpoint is saved either way."""
         config = self.config
+        if self._complete():
+            return True
         interval = _Interval()
         with closing(self.loader.iterate(self.progress.consumed_samples, config.train_samples)) as global_batches:
-            while self.progress.consumed_samples < config.train_samples:
+            stopping = False
+            while not (stopping or self._complete()):
                 started = time.perf_counter()
                 batches = next(global_batches)
                 data_wait = time.perf_counter() - started
@@ -65,18 +69,22 @@ class Trainer:
                 self._advance()
                 self._refuse_non_finite(losses.loss, gradient_norm)
                 interval.add(losses, time.perf_counter() - started, data_wait)
-                stopping = self.stop.agreed(self.engine.topology.device)
+                device = self.engine.topology.device
+                stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
+                if self.writer.pending and not writing:
+                    self.writer.finish()
                 if stopping or self._due(config.logging.interval_steps):
                     self._report(interval, rate, gradient_norm)
                     interval = _Interval()
                 if self._due(config.validation.interval_steps):
                     self._validate()
-                if self._due(config.checkpoint.interval_steps):
-                    self._save()
-                if stopping:
-                    break
-        self._save()
-        return self.progress.consumed_samples >= config.train_samples
+                if self._due(config.checkpoint.interval_steps) and not (stopping or self._complete()):
+                    self.writer.start(self.progress)
+        self.writer.save(self.progress)
+        return self._complete()
+
+    def _complete(self) -> bool:
+        return self.progress.consumed_samples >= self.config.train_samples
 
     def _advance(self) -> None:
         self.progress = Progress(
@@ -86,7 +94,7 @@ class Trainer:
 
     def _due(self, interval_steps: int) -> bool:
         """Every so many steps, and at the end of the run."""
-        return self.progress.step % interval_steps == 0 or self.progress.consumed_samples >= self.config.train_samples
+        return self.progress.step % interval_steps == 0 or self._complete()
 
     def _tokens(self) -> int:
         """Nominal tokens so far: the clock of the learning-rate phases."""
@@ -98,6 +106,7 @@ class Trainer:
     def _refuse_non_finite(self, loss: float, gradient_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             return
+        self.writer.finish()  # every rank sees the same numbers
         raise UserError(
             f"step {self.progress.step}: loss {loss}, gradient norm {gradient_norm}: not finite; the run stops. "
             f"Its checkpoints in {self.run.checkpoints} are sound: LLaDA's authors went on from one with a lower "
@@ -137,9 +146,3 @@ class Trainer:
             self.log.validation(
                 step=self.progress.step, tokens=self._tokens(), bound=losses.loss, bound_by_t=losses.bound_by_t()
             )
-
-    def _save(self) -> None:
-        if self.saved_step == self.progress.step:
-            return
-        save(self.run.checkpoints, self.engine, self.config, self.progress, self.config.checkpoint.keep)
-        self.saved_step = self.progress.step

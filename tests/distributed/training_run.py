@@ -19,7 +19,7 @@ from faults import FAULTS  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from llada_train.checkpoint.manifest import Progress  # noqa: E402
-from llada_train.checkpoint.writer import save  # noqa: E402
+from llada_train.checkpoint.writer import CheckpointWriter  # noqa: E402
 from llada_train.config.load import load_config  # noqa: E402
 from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
@@ -63,7 +63,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
         for fragment in engine.fragments():
             for tensor in fragment.state.values():
                 state.update(tensor.numpy().tobytes())
-        save(checkpoints, engine, config, Progress(step=steps, consumed_samples=steps * size), keep=1)
+        CheckpointWriter(checkpoints, engine).save(Progress(step=steps, consumed_samples=steps * size))
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
