@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints to and from Hugging Face folders.")
 app.add_typer(convert, name="convert")
+checkpoint = typer.Typer(no_args_is_help=True, help="List, verify and thin out the checkpoints of a run.")
+app.add_typer(checkpoint, name="checkpoint")
 
 
 class Precision(StrEnum):
@@ -85,13 +87,11 @@ def to_hf(
     dtype: Annotated[Precision, typer.Option(help="Of the weights written.")] = Precision.bf16,
 ) -> None:
     """Write a checkpoint, of any layout, as a Hugging Face folder that transformers loads by itself."""
-    from llada_train.checkpoint.reader import Checkpoint
-    from llada_train.checkpoint.store import resolve
+    from llada_train.checkpoint.reader import open_verified
     from llada_train.convert.to_hf import to_hf as write
 
-    with Checkpoint(resolve(source)) as checkpoint, _progress("tensors") as advance:
-        checkpoint.verify(checkpoint.manifest.files)
-        write(checkpoint, checkpoint.config, output, dtype.value, advance)
+    with open_verified(source) as weights, _progress("tensors") as advance:
+        write(weights, weights.config, output, dtype.value, advance)
     typer.echo(f"wrote {output}")
 
 
@@ -146,16 +146,14 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Bound on the held-out documents, against unigram and bigram models of the same tokens."""
-    from llada_train.checkpoint.reader import Checkpoint
-    from llada_train.checkpoint.store import resolve
+    from llada_train.checkpoint.reader import open_verified
     from llada_train.convert.plain import plain_model
     from llada_train.data.rows import PretrainingData
     from llada_train.evaluation.report import held_out_report
 
-    with Checkpoint(resolve(source)) as checkpoint:
-        checkpoint.verify(checkpoint.manifest.files)
-        config = checkpoint.config
-        plain = plain_model(checkpoint, config.model)
+    with open_verified(source) as weights:
+        config = weights.config
+        plain = plain_model(weights, config.model)
     data = PretrainingData(config)
     with _progress("bound on held-out rows") as advance:
         report = held_out_report(lambda ids: plain(ids).logits, data, config, advance)
@@ -176,6 +174,76 @@ def evaluate(
     ):
         table.add_row(name, f"{score.nats_per_token:.3f} {spread:7}", f"{score.bits_per_byte:.3f}")
     Console().print(table)
+
+
+@checkpoint.command("list")
+def list_checkpoints(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """The checkpoints of a run, oldest first. Files are looked for and their sizes compared, not their checksums."""
+    from llada_train.checkpoint.inventory import summaries
+
+    found = summaries(run)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(one) for one in found], indent=2, default=str))
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for column in ("checkpoint", "step", "samples", "tokens", "saved", "MB", "layout", ""):
+        table.add_column(column, justify="right" if column in ("step", "samples", "tokens", "MB") else "left")
+    for one in found:
+        numbers = [f"{n:,}" if n is not None else "" for n in (one.step, one.samples, one.tokens)]
+        saved = one.saved.astimezone().strftime("%Y-%m-%d %H:%M") if one.saved else ""
+        size = f"{one.bytes / 1e6:,.1f}" if one.bytes is not None else ""
+        remark = "DAMAGED: " + escape(one.problem) if one.problem else "latest" if one.latest else ""
+        table.add_row(one.name, *numbers, saved, size, one.layout or "", remark)
+    Console().print(table)
+
+
+@checkpoint.command()
+def verify(
+    source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder (all of its) or a step-*.")],
+) -> None:
+    """Compare every file with its checksum, checkpoint by checkpoint; exit code 1 if any is damaged."""
+    from llada_train.checkpoint.inventory import damage, folders_of
+
+    any_damaged = False
+    for folder in folders_of(source):
+        with _progress(folder.name) as advance:
+            problem = damage(folder, advance)
+        typer.echo(f"{folder}: sound" if problem is None else str(problem))
+        any_damaged |= problem is not None
+    raise typer.Exit(int(any_damaged))
+
+
+@checkpoint.command()
+def prune(
+    run: Annotated[Path, typer.Argument(help="A run folder in which no run is at work.")],
+    keep: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay.")],
+    keep_every_steps: Annotated[
+        int | None, typer.Option(min=1, help="Checkpoints of steps that are a multiple of this stay as well.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove old checkpoints. The newest sound one always stays; damaged ones are left as they are."""
+    from llada_train.checkpoint.inventory import remove, size_of, to_prune
+    from llada_train.training.run_folder import lock
+
+    with lock(run):
+        with _progress("verifying what stays") as advance:
+            folders = to_prune(run, keep, keep_every_steps, advance)
+        freed = 0
+        for folder in folders:
+            size = size_of(folder)
+            if not dry_run:
+                remove(folder)
+            freed += size
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}: {size / 1e6:,.1f} MB")
+    typer.echo(f"{len(folders)} checkpoints, {freed / 1e6:,.1f} MB {'to be ' if dry_run else ''}freed")
 
 
 @contextmanager

@@ -1,25 +1,39 @@
 """The one JSON file that says what a checkpoint holds and where each piece of each tensor lies.
 
-A checkpoint is a folder of one safetensors file per rank, each with the ZeRO fragments that the rank owned, and
-`manifest.json`. Tensors have the global names and shapes of llada_train.model.sizes, so that any layout reads what any
-other wrote.
+A checkpoint is a folder of one safetensors file per rank, each with the ZeRO fragments that the rank owned,
+`manifest.json`, and the manifest's own checksum in the form of `sha256sum`. Tensors have the global names and shapes of
+llada_train.model.sizes, so that any layout reads what any other wrote.
 """
 
+import hashlib
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 
 FILE_NAME = "manifest.json"
-MAX_BYTES = 1 << 28  # a manifest of a 1,024-rank 8B run is about 2 MiB
-FORMAT = 1
-
+CHECKSUM_NAME = f"{FILE_NAME}.sha256"
+MAX_BYTES = 1 << 26  # a manifest of a 1,024-rank 8B run is about 2 MiB
+FORMAT = 2
 
 # A name in the checkpoint's own folder: a manifest from elsewhere must not reach out of it.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+
+class DamagedError(UserError):
+    """A checkpoint is not as it was written. `problem` says what is wrong with `file`."""
+
+    def __init__(self, file: Path, problem: str, advice: str = "use another checkpoint") -> None:
+        super().__init__(file, problem, advice)  # one rank sends it to the others
+        self.file, self.problem, self.advice = file, problem, advice
+
+    def __str__(self) -> str:
+        return f"{self.file}: damaged: {self.problem}; {self.advice}"
 
 
 class _Strict(BaseModel):
@@ -27,7 +41,7 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
-    size: NonNegativeInt
+    size: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -35,56 +49,80 @@ class FragmentEntry(_Strict):
     """Flat elements [start, stop) of slice `index` of `count` of a tensor, in `file`."""
 
     file: FileName
-    index: NonNegativeInt
-    count: PositiveInt
-    start: NonNegativeInt
-    stop: NonNegativeInt
+    index: Count
+    count: Annotated[Count, Field(gt=0)]
+    start: Count
+    stop: Count
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.start > self.stop or self.index >= self.count:
+            raise ValueError("no such range, or no such slice")
+        return self
 
 
 class GuardState(_Strict):
     """What llada_train.training.guard knows of the steps before."""
 
     norms: tuple[NonNegativeFloat, ...] = ()  # of the last applied steps, the newest last
-    skipped_steps: NonNegativeInt = 0  # of the whole run
-    skips_in_a_row: NonNegativeInt = 0
-    first_skipped_sample: NonNegativeInt | None = None  # of those in a row
-    passed_over: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()  # ranges [first, end) of samples
-    went_back_to: NonNegativeInt | None = None  # step of the checkpoint that the run last went back to
+    skipped_steps: Count = 0  # of the whole run
+    skips_in_a_row: Count = 0
+    first_skipped_sample: Count | None = None  # of those in a row
+    passed_over: tuple[tuple[Count, Count], ...] = ()  # ranges [first, end) of samples
+    went_back_to: Count | None = None  # step of the checkpoint that the run last went back to
 
 
 class Progress(_Strict):
     """Where a run stands, besides its tensors."""
 
-    step: NonNegativeInt
-    consumed_samples: NonNegativeInt
+    step: Count
+    consumed_samples: Count
     guard: GuardState = GuardState()
 
 
 class Manifest(_Strict):
     format: int
+    saved: AwareDatetime
     progress: Progress
-    optimizer_steps: NonNegativeInt
+    optimizer_steps: Count
     versions: dict[str, str]
     config: Config
     files: dict[FileName, FileEntry]
     tensors: dict[str, list[FragmentEntry]]
 
+    @property
+    def bytes(self) -> int:
+        """Of all files that it lists."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Manifest and checksum, on the disk when this returns."""
+    content = manifest.model_dump_json(indent=1).encode()
+    checksum = f"{hashlib.sha256(content).hexdigest()}  {FILE_NAME}\n".encode()
+    for name, text in ((FILE_NAME, content), (CHECKSUM_NAME, checksum)):
+        with (folder / name).open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError: the folder is no checkpoint, or its manifest is damaged."""
+    """Raises UserError: the folder cannot be read or has another format. DamagedError: the manifest is damaged."""
     path = folder / FILE_NAME
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes is too large for a manifest; is it a checkpoint's?")
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no {FILE_NAME}, so this is no checkpoint; give a run folder or one of its checkpoints/step-*"
-        ) from None
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise DamagedError(path, f"{size:,} bytes is too large for a manifest")
+        content, checksum = path.read_bytes(), (folder / CHECKSUM_NAME).open("rb").read(64)
+        if hashlib.sha256(content).hexdigest().encode() != checksum:
+            raise DamagedError(path, f"its checksum is not that of {CHECKSUM_NAME}")
+        manifest = Manifest.model_validate_json(content)
+    except FileNotFoundError as error:
+        raise DamagedError(Path(error.filename), "there is no such file") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
-        raise UserError(f"{path}: damaged: {where}{first['msg']}; use an older checkpoint") from None
+        raise DamagedError(path, f"{where}{first['msg']}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if manifest.format != FORMAT:

@@ -1,161 +1,211 @@
-"""Saving and loading a run's state: weights, fp32 masters, Adam moments, progress. Whole or not at all."""
+"""Saving a run's state (fp32 masters, Adam moments, progress) while the run goes on. Whole or not at all."""
 
-import os
 import shutil
-from contextlib import suppress
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, FragmentEntry, Manifest, Progress
-from llada_train.checkpoint.reader import Checkpoint, sha256
-from llada_train.checkpoint.store import LATEST, checkpoints, folder_name
+from llada_train.checkpoint.manifest import FORMAT, FileEntry, FragmentEntry, Manifest, Progress, write_manifest
+from llada_train.checkpoint.store import checkpoints, clean, expired, folder_name, put_in_place, retire, sync
+from llada_train.checkpoint.tensor_file import write_tensors
 from llada_train.config.errors import UserError
-from llada_train.config.load import differences
-from llada_train.config.schema import Config
-from llada_train.model.sizes import MASTER
 from llada_train.parallel.engine import Engine
-from llada_train.parallel.zero import Fragment
+from llada_train.parallel.topology import broadcast
+
+_PACKAGES = ("llada-train", "torch", "megatron-core", "deepspeed")
 
 
-def save(root: Path, engine: Engine, config: Config, progress: Progress, keep: int) -> Path:
-    """Write `root`/step-N; collective over all ranks. Afterwards `latest` names it and only `keep` remain.
+@dataclass(frozen=True)
+class _Saving:
+    """A save under way: what it will be, what this rank has of it, and the thread's result."""
 
-    Each rank writes the fragments that it owns; rank 0 adds the manifest and renames the folder into place.
+    progress: Progress
+    optimizer_steps: int
+    fragments: list[tuple[str, FragmentEntry]]
+    written: "Future[FileEntry]"
 
-    Raises:
-        UserError: any rank could not write (disk full, no permission); older checkpoints are untouched.
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank has written."""
+
+    file: str
+    entry: FileEntry
+    fragments: list[tuple[str, FragmentEntry]]
+
+
+class CheckpointWriter:
+    """Writes checkpoints into one folder; each rank has one, and all call the same methods in the same order.
+
+    Each rank copies the fragments that it owns into a buffer of its own in host memory, of the size of its shard and
+    kept from save to save; that is all that training waits for. A thread then writes the buffer to the rank's file and
+    reads it back. The threads never talk to other ranks: when all have ended, `finish` makes their files a checkpoint.
     """
-    folder = root / folder_name(progress.step)
-    temporary = root / f"{folder.name}.tmp"
-    if dist.get_rank() == 0:
-        for remnant in root.glob("*.tmp"):  # of a save that was killed
-            shutil.rmtree(remnant, ignore_errors=True)
-        with suppress(OSError):  # every rank finds out when it writes, and says why
-            temporary.mkdir(parents=True)
-    dist.barrier()
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, _write_rank(temporary, engine))
-    problem = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
-    verdict = [problem]
-    if dist.get_rank() == 0:
+
+    def __init__(self, root: Path, engine: Engine) -> None:
+        """Collective. Removes what saves that were killed have left in `root`."""
+        self._root, self._engine, self._settings = root, engine, engine.config.checkpoint
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._buffer: Tensor | None = None
+        self._saving: _Saving | None = None
+        self._failures = 0  # in a row
+        if dist.get_rank() == 0:
+            clean(root)
+        dist.barrier()
+
+    @property
+    def pending(self) -> bool:
+        """Is there a save to finish? The same on every rank."""
+        return self._saving is not None
+
+    @property
+    def writing(self) -> bool:
+        """Is this rank's thread still at work on it?"""
+        return self._saving is not None and not self._saving.written.done()
+
+    def start(self, progress: Progress) -> None:
+        """Begin to save the engine's state, after finishing the save before; collective. Raises as `finish`."""
+        self.finish()
+        self._begin(progress)
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and make it a checkpoint; collective.
+
+        A save that fails is told on stderr; older checkpoints stay as they are.
+
+        Raises:
+            UserError: too many have failed in a row.
+        """
+        if self._saving is None:
+            return
+        folder = self._folder(self._saving.progress)
+        problem = self._commit(self._saving)
         if problem is None:
-            verdict[0] = _finish(temporary, folder, outcomes, engine, config, progress)
-        if verdict[0] is None:
-            for old in checkpoints(root)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            shutil.rmtree(temporary, ignore_errors=True)
-    dist.broadcast_object_list(verdict)
-    if verdict[0] is not None:
-        raise UserError(
-            f"{folder}: the checkpoint could not be written: {verdict[0]}; older checkpoints are untouched. "
-            "Free some space or mend the folder, then run again: the run goes on from the newest one"
-        )
-    return folder
-
-
-def load(checkpoint: Checkpoint, engine: Engine) -> Progress:
-    """Fill the engine from a checkpoint of any layout, after checking every file; collective over all ranks."""
-    verify(checkpoint)
-    if checkpoint.config.model != engine.config.model:
-        lines = differences(checkpoint.config.model, engine.config.model)
-        raise UserError("\n  ".join([f"{checkpoint.folder}: another model (stored there → given now):", *lines]))
-    engine.set_weights(lambda shard: checkpoint.read_runs(shard.name, MASTER, shard.runs()))
-    for fragment in engine.fragments():
-        for kind, state in fragment.state.items():
-            if kind != MASTER:
-                state.copy_(checkpoint.read_runs(fragment.shard.name, kind, fragment.runs()))
-    engine.optimizer_steps = checkpoint.manifest.optimizer_steps
-    return checkpoint.manifest.progress
-
-
-def verify(checkpoint: Checkpoint) -> None:
-    """Check every file's checksum, each on one rank; collective over all ranks. Raises UserError on all of them."""
-    names = sorted(checkpoint.manifest.files)
-    problem: str | None = None
-    try:
-        checkpoint.verify(names[dist.get_rank() :: dist.get_world_size()])
-    except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise UserError(next(found for found in problems if found))
-
-
-def _write_rank(folder: Path, engine: Engine) -> str | tuple[str, FileEntry, list[tuple[str, FragmentEntry]]]:
-    """Write this rank's file: (file name, entry, fragments), or what went wrong."""
-    name = f"rank-{dist.get_rank():05d}.safetensors"
-    path = folder / name
-    try:
-        fragments: list[Fragment] = [fragment for fragment in engine.fragments() if fragment.shard.owned]
-        tensors: dict[str, Tensor] = {
-            f"{kind}/{fragment.shard.name}": state.to("cpu", torch.float32)
-            for fragment in fragments
-            for kind, state in fragment.state.items()
-        }
-        save_file(tensors, path)
-        _fsync(path)
-        entry = FileEntry(size=path.stat().st_size, sha256=sha256(path))
-    except Exception as error:  # whatever it is: the other ranks wait to hear of it
-        return f"{path.name}: {error}"
-    return (
-        name,
-        entry,
-        [
-            (
-                f.shard.name,
-                FragmentEntry(file=name, index=f.shard.index, count=f.shard.count, start=f.start, stop=f.stop),
+            self._failures = 0
+            return
+        self._failures += 1
+        if self._failures >= self._settings.max_failures:
+            raise _could_not_be_written(folder, problem)
+        if dist.get_rank() == 0:
+            print(
+                f"warning: {folder}: THE CHECKPOINT COULD NOT BE WRITTEN: {problem}; older checkpoints are untouched "
+                f"and the run goes on; it tries again in {self._settings.interval_steps:,} steps and stops after "
+                f"{self._settings.max_failures} failures in a row (this was number {self._failures})",
+                file=sys.stderr,
+                flush=True,
             )
-            for f in fragments
-        ],
-    )
 
+    def save(self, progress: Progress) -> None:
+        """Save the engine's state and wait until that is done; collective. Tries twice.
 
-def _finish(
-    temporary: Path, folder: Path, outcomes: list[Any], engine: Engine, config: Config, progress: Progress
-) -> str | None:
-    """Manifest, rename, `latest`; returns what went wrong."""
-    try:
+        Raises:
+            UserError: it could not be written.
+        """
+        self.finish()
+        for _ in range(2):
+            problem = self._commit(self._begin(progress))
+            if problem is None:
+                return
+        raise _could_not_be_written(self._folder(progress), str(problem))
+
+    def _begin(self, progress: Progress) -> _Saving:
+        name = f"rank-{dist.get_rank():05d}.safetensors"
+        owned = [fragment for fragment in self._engine.fragments() if fragment.shard.owned]
+        states = {f"{kind}/{f.shard.name}": state for f in owned for kind, state in f.state.items()}
+        sizes = {key: state.numel() for key, state in states.items()}
+        on_gpu = self._engine.topology.device.type == "cuda"
+        if self._buffer is None:
+            self._buffer = torch.empty(sum(sizes.values()), pin_memory=on_gpu)
+        for part, state in zip(self._buffer.split(list(sizes.values())), states.values(), strict=True):
+            part.copy_(state, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        path = self._temporary(progress) / name
+        self._saving = _Saving(
+            progress,
+            self._engine.optimizer_steps,
+            [
+                (
+                    f.shard.name,
+                    FragmentEntry(file=name, index=f.shard.index, count=f.shard.count, start=f.start, stop=f.stop),
+                )
+                for f in owned
+            ],
+            self._thread.submit(_write, path, sizes, self._buffer),
+        )
+        return self._saving
+
+    def _commit(self, saving: _Saving) -> str | None:
+        """Wait for all ranks and make what they wrote a checkpoint; returns what went wrong; collective."""
+        self._saving = None
+        outcome: _Part | str
+        try:
+            file = f"rank-{dist.get_rank():05d}.safetensors"
+            outcome = _Part(file, saving.written.result(), saving.fragments)
+        except Exception as error:  # whatever it is: the other ranks wait to hear of it
+            outcome = f"{file}: {error}"
+        outcomes: list[_Part | str] = [""] * dist.get_world_size()
+        dist.gather_object(outcome, outcomes if dist.get_rank() == 0 else None)
+        return broadcast(self._complete(saving, outcomes) if dist.get_rank() == 0 else None)
+
+    def _complete(self, saving: _Saving, outcomes: list[_Part | str]) -> str | None:
+        """On rank 0: manifest, rename, `latest`; then old checkpoints go. Returns what went wrong."""
+        temporary = self._temporary(saving.progress)
+        try:
+            if problem := next((outcome for outcome in outcomes if isinstance(outcome, str)), None):
+                raise OSError(problem)
+            parts = [outcome for outcome in outcomes if isinstance(outcome, _Part)]
+            write_manifest(temporary, self._manifest(saving, parts))
+            sync(temporary)
+            put_in_place(temporary, self._folder(saving.progress))
+        except Exception as error:  # whatever it is: the other ranks wait to hear of it
+            shutil.rmtree(temporary, ignore_errors=True)
+            return str(error)
+        for old in expired(checkpoints(self._root), self._settings.keep, self._settings.keep_every_steps):
+            self._thread.submit(_remove, old)
+        return None
+
+    def _manifest(self, saving: _Saving, parts: list[_Part]) -> Manifest:
         tensors: dict[str, list[FragmentEntry]] = {}
-        for _, _, fragments in outcomes:
-            for name, entry in fragments:
+        for part in parts:
+            for name, entry in part.fragments:
                 tensors.setdefault(name, []).append(entry)
-        manifest = Manifest(
+        return Manifest(
             format=FORMAT,
-            progress=progress,
-            optimizer_steps=engine.optimizer_steps,
-            versions={package: version(package) for package in ("llada-train", "torch", "megatron-core", "deepspeed")},
-            config=config,
-            files={name: entry for name, entry, _ in outcomes},
+            saved=datetime.now(UTC),
+            progress=saving.progress,
+            optimizer_steps=saving.optimizer_steps,
+            versions={package: version(package) for package in _PACKAGES},
+            config=self._engine.config,
+            files={part.file: part.entry for part in parts},
             tensors=tensors,
         )
-        path = temporary / FILE_NAME
-        path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        _fsync(path)
-        _fsync(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        _fsync(folder.parent)
-    except Exception as error:  # whatever it is: the other ranks wait to hear of it
-        return str(error)
-    with suppress(OSError):  # `latest` is for people and scripts; the checkpoint stands without it
-        latest = folder.parent / f"{LATEST}.tmp"
-        latest.write_text(f"{folder.name}\n", encoding="utf-8")
-        latest.replace(folder.parent / LATEST)
-    return None
+
+    def _folder(self, progress: Progress) -> Path:
+        return self._root / folder_name(progress.step)
+
+    def _temporary(self, progress: Progress) -> Path:
+        return self._root / f"{folder_name(progress.step)}.tmp"
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(path: Path, sizes: dict[str, int], buffer: Tensor) -> FileEntry:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_tensors(path, sizes, buffer)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(retire(folder), ignore_errors=True)
+
+
+def _could_not_be_written(folder: Path, problem: str) -> UserError:
+    return UserError(
+        f"{folder}: the checkpoint could not be written: {problem}; older checkpoints are untouched. "
+        "Free some space or mend the folder, then run again: the run goes on from the newest one"
+    )

@@ -202,6 +202,12 @@ class GuardConfig(Section):
 class CheckpointConfig(Section):
     interval_steps: PositiveInt = 1000
     keep: PositiveInt = Field(default=3, description="newest checkpoints kept; older ones are removed")
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="checkpoints of steps that are a multiple of this are kept for ever; none: no others"
+    )
+    max_failures: PositiveInt = Field(
+        default=3, description="saves that may fail in a row (disk full) before the run stops; it goes on until then"
+    )
 
 
 class ValidationConfig(Section):

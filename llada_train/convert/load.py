@@ -5,8 +5,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from llada_train.checkpoint.reader import Checkpoint
-from llada_train.checkpoint.store import is_hf_folder, resolve
+from llada_train.checkpoint.reader import open_verified
+from llada_train.checkpoint.store import is_hf_folder
 from llada_train.config.errors import UserError
 from llada_train.convert.plain import plain_model
 from llada_train.data.tokenizer import Tokenizer
@@ -25,7 +25,6 @@ def load_plain(path: Path) -> tuple[LLaDAModelLM, Tokenizer]:
             return LLaDAModelLM.from_pretrained(path, use_safetensors=True).eval(), Tokenizer.load(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be loaded as a LLaDA: {error}") from None
-    with Checkpoint(resolve(path)) as checkpoint:
-        checkpoint.verify(checkpoint.manifest.files)
+    with open_verified(path) as checkpoint:
         model = plain_model(checkpoint, checkpoint.config.model)
         return model, Tokenizer.load(checkpoint.config.data.tokenizer)

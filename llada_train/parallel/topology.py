@@ -118,6 +118,13 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def any_rank(*flags: bool, device: torch.device) -> list[bool]:
+    """Of each flag, whether it is set on any rank; collective, one small reduction for all of them."""
+    together = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in together.tolist()]
+
+
 def shutdown() -> None:
     from megatron.core import parallel_state
 

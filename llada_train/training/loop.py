@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from llada_train.checkpoint.manifest import Progress
-from llada_train.checkpoint.reader import Checkpoint
-from llada_train.checkpoint.store import newest_before, remove_newer
-from llada_train.checkpoint.writer import load, save
+from llada_train.checkpoint.restore import load_newest
+from llada_train.checkpoint.store import remove_newer
+from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
 from llada_train.data.loader import GlobalBatch, TrainingLoader, next_sample
 from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import Engine, Losses, Step
-from llada_train.parallel.topology import broadcast
+from llada_train.parallel.topology import any_rank
 from llada_train.training.guard import Guard
 from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
@@ -54,86 +54,97 @@ class Trainer:
         loader: TrainingLoader,
         validation: list[Batch],
         run: RunFolder,
+        writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
         stop: StopRequest,
         progress: Progress,
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
-        self.run, self.log, self.stop, self.progress = run, log, stop, progress
+        self.run, self.writer, self.log, self.stop, self.progress = run, writer, log, stop, progress
         self.guard = Guard(config.guard, progress.guard)
-        self.saved_step = progress.step if progress.step else None
 
     def train(self) -> bool:
-        """Run to the end, or until a signal: True when the run is complete. A checkpoint is saved either way."""
-        while (outcome := self._train()) is _Outcome.HAS_TO_GO_BACK:
-            self._go_back()
-        self._save()
+        """Run to the end, or until a signal: True when the run is complete. A checkpoint is saved either way.
+
+        Raises:
+            UserError: the run cannot go on; on all ranks.
+        """
+        if self._complete():
+            return True
+        try:
+            while (outcome := self._train()) is _Outcome.HAS_TO_GO_BACK:
+                self._go_back()
+        except UserError:
+            self.writer.finish()
+            raise
+        self.writer.save(self.progress)
         return outcome is _Outcome.COMPLETE
 
     def _train(self) -> _Outcome:
         config, interval = self.config, _Interval()
         steps = self.loader.iterate(self.progress.consumed_samples, config.train_samples, self.guard.state.passed_over)
         with closing(steps):
-            started = time.perf_counter()
-            for batch in steps:
+            while not self._complete():
+                started = time.perf_counter()
+                batch = next(steps)
                 data_wait = time.perf_counter() - started
                 rate = learning_rate(
                     config.optimizer.learning_rate, self._tokens(batch.first_sample), self._tokens_per_step()
                 )
                 step = self.engine.train_step(batch.batches, rate, self.guard.accepts, self._step_to_check())
-                hopeless = self._judge(batch, step)
-                if hopeless:
+                if self._too_many_refused(batch, step):
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
                     interval.add(step.losses, time.perf_counter() - started, data_wait)
-                stopping = self.stop.agreed(self.engine.topology.device)
+                device = self.engine.topology.device
+                stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
+                if self.writer.pending and not writing:
+                    self.writer.finish()
                 if interval.steps and (stopping or self._due(config.logging.interval_steps)):
                     self._report(interval, rate, step.gradient_norm)
                     interval = _Interval()
                 if self._due(config.validation.interval_steps):
                     self._validate()
-                if self._due(config.checkpoint.interval_steps):
-                    self._save()
                 if stopping and not self._complete():
                     return _Outcome.STOPPED
-                started = time.perf_counter()
+                if self._due(config.checkpoint.interval_steps) and not self._complete():
+                    self.writer.start(self.progress)
         return _Outcome.COMPLETE
 
-    def _judge(self, batch: GlobalBatch, step: Step) -> bool:
-        """Count the step, which was applied or not: have there been too many in a row that were not?"""
-        number, hopeless = self.progress.step + 1, False
+    def _too_many_refused(self, batch: GlobalBatch, step: Step) -> bool:
+        """Count the step, applied or not: were the last ones refused, and too many?"""
+        number, too_many = self.progress.step + 1, False
         if step.applied:
             self.guard.applied(step.gradient_norm)
         else:
             reason = self.guard.objection(step.losses.loss, step.gradient_norm)
-            hopeless = self.guard.skipped(batch.first_sample)
+            too_many = self.guard.skipped(batch.first_sample)
             if self.log is not None:
                 self.log.skipped(step=number, consumed_samples=batch.end_sample, reason=str(reason))
         self.progress = Progress(step=number, consumed_samples=batch.end_sample, guard=self.guard.state)
-        return hopeless
+        return too_many
 
     def _go_back(self) -> None:
-        """Load the newest checkpoint from before the steps in a row that were not applied, and pass over their samples.
+        """Load the newest checkpoint from before the refused steps in a row, and pass over their samples.
 
         Raises:
             UserError: there is none, or the run went back to it before.
         """
+        self.writer.finish()
         bad, number = self.guard.state, self.progress.step
         assert bad.first_skipped_sample is not None
         passed_over = (bad.first_skipped_sample, self.progress.consumed_samples)
-        folder = broadcast(newest_before(self.run.checkpoints, bad.first_skipped_sample))
-        trouble = f"step {number:,}: {bad.skips_in_a_row} steps in a row could not be applied (the reasons are above)"
+        found = load_newest(self.run.checkpoints, self.engine, before_sample=bad.first_skipped_sample)
+        trouble = f"step {number:,}: {bad.skips_in_a_row} steps in a row could not be applied (the log says why)"
         advice = "lower the learning rate to come, as LLaDA's authors did, or look at the data, and run again"
-        if folder is None:
+        if found is None:
             raise UserError(f"{trouble}, and there is no checkpoint from before them to go back to; {advice}")
-        with Checkpoint(folder) as checkpoint:
-            if checkpoint.manifest.progress.step == bad.went_back_to:
-                raise UserError(
-                    f"{trouble}, and the run went back to step {bad.went_back_to:,} once already; it stops. {folder} "
-                    f"is sound: {advice}"
-                )
-            self.progress = load(checkpoint, self.engine)
-        self.saved_step = self.progress.step
+        folder, self.progress = found
+        if self.progress.step == bad.went_back_to:
+            raise UserError(
+                f"{trouble}, and the run went back to step {bad.went_back_to:,} once already; it stops. {folder} is "
+                f"sound: {advice}"
+            )
         self.guard = Guard(self.config.guard, self.progress.guard)
         self.guard.went_back(self.progress.step, passed_over, bad.skips_in_a_row)
         if self.log is not None:
@@ -195,9 +206,3 @@ class Trainer:
                 bound=losses.loss,
                 bound_by_t=losses.bound_by_t(),
             )
-
-    def _save(self) -> None:
-        if self.saved_step == self.progress.step:
-            return
-        save(self.run.checkpoints, self.engine, self.config, self.progress, self.config.checkpoint.keep)
-        self.saved_step = self.progress.step

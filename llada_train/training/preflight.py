@@ -32,7 +32,7 @@ def open_inputs(config_file: Path, overrides: Sequence[str], world_size: int) ->
     config = load_config(config_file, overrides, world_size)
     inputs = Inputs(config, PretrainingData(config), RunFolder(config))
     read_metrics(config.run_dir)
-    if config.init_from is not None and inputs.run.resume_from is None and not is_hf_folder(config.init_from):
+    if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
         _check_checkpoint(config.init_from, config.model)
     return inputs
 

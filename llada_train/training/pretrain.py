@@ -4,9 +4,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from llada_train.checkpoint.manifest import Progress
-from llada_train.checkpoint.reader import Checkpoint
+from llada_train.checkpoint.reader import naming_another
+from llada_train.checkpoint.restore import load_newest, open_together
 from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
-from llada_train.checkpoint.writer import load, verify
+from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
@@ -38,11 +39,8 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
     here = topology.initialize(config.parallel)
     try:
         engine = Engine(config, here)
-        # Rank 0's choice: file systems show a new folder to some nodes before others.
-        resume_from = topology.broadcast(run.resume_from)
-        progress = _restore(config, engine, resume_from)
-        if here.is_main and resume_from is not None:
-            print(f"resuming from {resume_from} at step {progress.step:,}")
+        progress = _restore(run.checkpoints, engine)
+        writer = CheckpointWriter(run.checkpoints, engine)
         log = MetricsLog(run.path, progress.step, config) if here.is_main else None
         trainer = Trainer(
             config=config,
@@ -50,6 +48,7 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
             loader=TrainingLoader(data, config, here.place),
             validation=validation_batches(data, config, here.place),
             run=run,
+            writer=writer,
             log=log,
             stop=stop,
             progress=progress,
@@ -68,12 +67,14 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
     return 0 if complete else STOPPED_EXIT_CODE
 
 
-def _restore(config: Config, engine: Engine, resume_from: Path | None) -> Progress:
-    """The newest checkpoint of this run; else the weights that `init_from` names; else LLaDA's initialisation."""
-    if resume_from is not None:
-        with Checkpoint(resume_from) as checkpoint:
-            return load(checkpoint, engine)
-    with _weights(config) as weights:
+def _restore(root: Path, engine: Engine) -> Progress:
+    """The newest sound checkpoint of this run; else the weights that `init_from` names; else LLaDA's initialisation."""
+    if (found := load_newest(root, engine)) is not None:
+        folder, progress = found
+        if engine.topology.is_main:
+            print(f"resuming from {folder} at step {progress.step:,}")
+        return progress
+    with _weights(engine.config) as weights:
         engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))
     return Progress(step=0, consumed_samples=0)
 
@@ -84,6 +85,6 @@ def _weights(config: Config) -> AbstractContextManager[GlobalWeights]:
         return nullcontext(InitialWeights(config.model, config.seed))
     if is_hf_folder(path):
         return HfWeights(path, config.model)
-    checkpoint = Checkpoint(resolve(path))
-    verify(checkpoint)
-    return checkpoint
+    folder = resolve(path)
+    with naming_another(folder):
+        return open_together(folder)

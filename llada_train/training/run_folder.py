@@ -1,9 +1,10 @@
 """The run folder: one run's config, logs and checkpoints, and the check that it is this run's."""
 
 import fcntl
+from pathlib import Path
+from typing import IO
 
-from llada_train.checkpoint.manifest import read_manifest
-from llada_train.checkpoint.store import FOLDER, checkpoints
+from llada_train.checkpoint.store import FOLDER, newest_manifest
 from llada_train.config.errors import UserError
 from llada_train.config.load import differences, save_config
 from llada_train.config.schema import Config
@@ -30,22 +31,23 @@ class RunFolder:
         """Look at the folder, whether it exists or not; nothing is written.
 
         Raises:
-            UserError: it belongs to a run with another config, or is used although resume is never.
+            UserError: it belongs to a run with another config, is used although resume is never, or has checkpoints but
+                none with a sound manifest.
         """
         self._config = config
         self.path = config.run_dir
         self.checkpoints = self.path / FOLDER
         self._stored = self.path / CONFIG_FILE
-        found = checkpoints(self.checkpoints)
-        self.resume_from = found[-1] if found else None
-        if self.resume_from is not None and config.resume == "never":
-            raise UserError(
-                f"{self.path}: holds a run already (newest checkpoint: {self.resume_from.name}) and resume is 'never'; "
-                "give another run_dir, or resume=auto to go on with it"
-            )
-        if self.resume_from is not None:
-            stored = read_manifest(self.resume_from).config
-            changed = [line for line in differences(stored, config) if not _free(line)]
+        found = newest_manifest(self.checkpoints)
+        self.used = found is not None
+        if found is not None:
+            folder, manifest = found
+            if config.resume == "never":
+                raise UserError(
+                    f"{self.path}: holds a run already (newest checkpoint: {folder.name}) and resume is 'never'; "
+                    "give another run_dir, or resume=auto to go on with it"
+                )
+            changed = [line for line in differences(manifest.config, config) if not _free(line)]
             if changed:
                 raise UserError(
                     "\n  ".join(
@@ -77,13 +79,23 @@ class RunFolder:
         Raises:
             UserError: another run is at work in it.
         """
-        self._lock = (self.path / "lock").open("w")  # the system lets go of it when the process ends, however it ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"run_dir {self.path}: another run is at work in it; wait for it to end, or give another run_dir"
-            ) from None
+        self._lock = lock(self.path)
+
+
+def lock(run: Path) -> IO[str]:
+    """Keep others out of a run's folder until the file returned is closed or the process ends, however it ends.
+
+    Raises:
+        UserError: another run is at work in it, or it cannot be locked.
+    """
+    try:
+        file = (run / "lock").open("w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run}: another run is at work in it; wait for it to end") from None
+    except OSError as error:
+        raise UserError(f"{run}: cannot be locked against other runs: {error.strerror}") from None
+    return file
 
 
 def _free(line: str) -> bool:

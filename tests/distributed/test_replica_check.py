@@ -179,7 +179,7 @@ def trainer_of_ten_steps(
             raise UserError("damaged")
         return Step(Losses.none(), 1.0, applied=True)
 
-    def save(root: Path, engine: Any, config: Any, progress: Progress, keep: int) -> None:
+    def save(progress: Progress) -> None:
         events.append(("save", progress.step))
 
     def batches(first: int, last: int, passed_over: Any) -> Iterator[GlobalBatch]:
@@ -188,15 +188,16 @@ def trainer_of_ten_steps(
             yield GlobalBatch(sample, sample + size, [])
 
     engine = SimpleNamespace(train_step=train_step, topology=SimpleNamespace(device=torch.device("cpu")))
-    monkeypatch.setattr(loop, "save", save)
+    monkeypatch.setattr(loop, "any_rank", lambda *flags, device: list(flags))
     trainer = Trainer(
         config=config,
         engine=engine,  # type: ignore[arg-type]
         loader=SimpleNamespace(iterate=batches),  # type: ignore[arg-type]
         validation=[],
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
+        writer=SimpleNamespace(start=save, save=save, finish=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
         log=None,
-        stop=SimpleNamespace(agreed=lambda device: False),  # type: ignore[arg-type]
+        stop=SimpleNamespace(received=False),  # type: ignore[arg-type]
         progress=Progress(step=0, consumed_samples=0),
     )
     return trainer, events

@@ -19,7 +19,7 @@ from faults import FAULTS  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
 from llada_train.checkpoint.manifest import Progress  # noqa: E402
-from llada_train.checkpoint.writer import save  # noqa: E402
+from llada_train.checkpoint.writer import CheckpointWriter  # noqa: E402
 from llada_train.config.load import load_config  # noqa: E402
 from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
@@ -60,7 +60,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
             results.append(engine.train_step(batches, LEARNING_RATE))
         held_out = engine.evaluate(validation_batches(data, config, here.place))
         state = digest_of_state(engine)
-        save(checkpoints, engine, config, Progress(step=steps, consumed_samples=steps * size), keep=1)
+        CheckpointWriter(checkpoints, engine).save(Progress(step=steps, consumed_samples=steps * size))
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),

@@ -19,12 +19,12 @@ KILLED_WHILE_SAVING = """
 import os, sys
 from llada_train import cli
 from llada_train.checkpoint import writer
-finish = writer._finish
-def dies_the_second_time(temporary, folder, outcomes, engine, config, progress):
-    if progress.step == 10:
+write = writer.write_manifest
+def dies_the_second_time(folder, manifest):
+    if manifest.progress.step == 10:
         os._exit(137)
-    return finish(temporary, folder, outcomes, engine, config, progress)
-writer._finish = dies_the_second_time
+    write(folder, manifest)
+writer.write_manifest = dies_the_second_time
 sys.argv = ["llada-train", "pretrain", sys.argv[1]]
 cli.main()
 """

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llada_train.checkpoint import manifest as manifest_file
-from llada_train.checkpoint.manifest import FILE_NAME, FORMAT, FileEntry, FragmentEntry, Manifest, Progress
-from llada_train.checkpoint.reader import Checkpoint, sha256
+from llada_train.checkpoint.manifest import (
+    CHECKSUM_NAME,
+    FILE_NAME,
+    FORMAT,
+    FileEntry,
+    FragmentEntry,
+    Manifest,
+    Progress,
+    write_manifest,
+)
+from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import FOLDER, checkpoints, resolve
+from llada_train.checkpoint.tensor_file import sha256
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.model.sizes import slice_runs, tensor_specs
@@ -39,7 +50,7 @@ CONFIG = Config.model_validate(
     }
 )
 SPECS = tensor_specs(CONFIG.model)
-KINDS = ("master", "exp_avg")
+KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def global_tensors() -> dict[str, Tensor]:
@@ -76,6 +87,7 @@ def write(folder: Path, tensor_parallel: int = 2, cuts: Callable[[int], list[int
         save_file(tensors, folder / file)
     manifest = Manifest(
         format=FORMAT,
+        saved=datetime.now(UTC),
         progress=Progress(step=3, consumed_samples=12),
         optimizer_steps=3,
         versions={},
@@ -83,7 +95,7 @@ def write(folder: Path, tensor_parallel: int = 2, cuts: Callable[[int], list[int
         files={f: FileEntry(size=(folder / f).stat().st_size, sha256=sha256(folder / f)) for f in content},
         tensors=entries,
     )
-    (folder / FILE_NAME).write_text(manifest.model_dump_json())
+    write_manifest(folder, manifest)
     return folder
 
 
@@ -157,6 +169,12 @@ def test_damaged_file_is_named(checkpoint: Path, damage: Callable[[Path], object
     assert str(error.value).startswith(f"{file}: ") and words in str(error.value)
 
 
+def write_text(folder: Path, content: str) -> None:
+    """A manifest that somebody made up, with a checksum that fits."""
+    (folder / FILE_NAME).write_text(content)
+    (folder / CHECKSUM_NAME).write_text(f"{sha256(folder / FILE_NAME)}  {FILE_NAME}\n")
+
+
 def first_fragment(tree: dict[str, Any]) -> dict[str, Any]:
     return tree["tensors"]["head.weight"][0]
 
@@ -174,6 +192,14 @@ def rename_file(tree: dict[str, Any], name: str) -> None:
         pytest.param(lambda tree: first_fragment(tree).update(file="rank-00099.safetensors"), id="unlisted file"),
         pytest.param(lambda tree: first_fragment(tree).update(start=1), id="gap"),
         pytest.param(lambda tree: first_fragment(tree).update(stop=10**15), id="beyond the end"),
+        pytest.param(lambda tree: first_fragment(tree).update(stop=2**63), id="beyond int64"),
+        pytest.param(lambda tree: first_fragment(tree).update(start=-1), id="negative start"),
+        pytest.param(lambda tree: first_fragment(tree).update(start=9, stop=8), id="backwards"),
+        pytest.param(lambda tree: first_fragment(tree).update(start=True), id="no number"),
+        pytest.param(lambda tree: tree["files"]["rank-00000.safetensors"].update(size=-1), id="negative size"),
+        pytest.param(lambda tree: tree["progress"].update(consumed_samples=2**70), id="progress beyond int64"),
+        pytest.param(lambda tree: tree["config"]["model"].update(num_layers=10**12), id="too many layers for a table"),
+        pytest.param(lambda tree: tree["config"]["model"].update(hidden_size=4 * 10**12), id="too wide for a table"),
         pytest.param(lambda tree: first_fragment(tree).update(count=0), id="no slices"),
         pytest.param(lambda tree: first_fragment(tree).update(count=7), id="uneven slices"),
         pytest.param(lambda tree: first_fragment(tree).update(index=5), id="no such slice"),
@@ -192,10 +218,10 @@ def test_damaged_manifest_is_named(checkpoint: Path, damage: Callable[[dict[str,
     path = checkpoint / FILE_NAME
     tree = json.loads(path.read_text())
     damage(tree)
-    path.write_text(json.dumps(tree))
+    write_text(checkpoint, json.dumps(tree))
     with pytest.raises(UserError) as error:
-        read_everything(checkpoint)
-    assert str(error.value).startswith(f"{path}: ")
+        Checkpoint(checkpoint)
+    assert str(error.value).startswith(f"{path}: ") and "checksum" not in str(error.value)
 
 
 @settings(max_examples=50, deadline=None)
@@ -203,7 +229,7 @@ def test_damaged_manifest_is_named(checkpoint: Path, damage: Callable[[dict[str,
 def test_cut_manifest_is_named(tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
     folder = tmp_path_factory.mktemp("cut")
     whole = json.dumps({"format": FORMAT, "files": {}})
-    (folder / FILE_NAME).write_text(whole[: int(cut * len(whole))])
+    write_text(folder, whole[: int(cut * len(whole))])
     with pytest.raises(UserError, match=FILE_NAME):
         Checkpoint(folder)
 
@@ -215,14 +241,14 @@ def test_oversized_manifest_is_not_read(checkpoint: Path) -> None:
         Checkpoint(checkpoint)
 
 
-def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+def test_half_written_and_set_aside_checkpoints_do_not_count(tmp_path: Path) -> None:
     root = tmp_path / FOLDER
     root.mkdir()
-    for name in ("step-00000020", "step-00000003", "step-100000000", "step-00000030.tmp"):
+    others = ("step-00000030.tmp", "step-00000031.removed", "step-00000032.damaged", "step-00000003.old")
+    for name in ("step-00000020", "step-00000003", "step-100000000", *others):
         write(root / name)
-    (root / "step-00000040").mkdir()  # no manifest
     assert [path.name for path in checkpoints(root)] == ["step-00000003", "step-00000020", "step-100000000"]
     assert resolve(tmp_path) == root / "step-100000000"
     assert resolve(root / "step-00000003") == root / "step-00000003"
     with pytest.raises(UserError, match="neither a checkpoint"):
-        resolve(root / "step-00000040")
+        resolve(root)
