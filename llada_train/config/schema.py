@@ -142,6 +142,11 @@ class TrainingConfig(Section):
         description="activations computed again in backward instead of kept; selective: what lies between matrix "
         "multiplications (norms, SwiGLU); full: whole layers",
     )
+    hang_timeout_seconds: Annotated[float, Field(gt=0, le=604_800)] = Field(
+        default=1800,
+        description="a rank that makes no progress for so long prints its stacks and the run ends; has to cover "
+        "start-up, one step, one validation and one save, each by itself",
+    )
     replica_check_interval_steps: PositiveInt | None = Field(
         default=None,
         description="steps between checks that parameters of which several ranks hold copies are equal bit for bit; "

@@ -17,6 +17,7 @@ from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
+from llada_train.training.watchdog import Watchdog
 
 
 @dataclass
@@ -45,10 +46,11 @@ class Trainer:
         run: RunFolder,
         log: MetricsLog | None,  # on the main process only
         stop: StopRequest,
+        watchdog: Watchdog,
         progress: Progress,
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
-        self.run, self.log, self.stop, self.progress = run, log, stop, progress
+        self.run, self.log, self.stop, self.watchdog, self.progress = run, log, stop, watchdog, progress
         self.saved_step = progress.step if progress.step else None
 
     def train(self) -> bool:
@@ -57,8 +59,10 @@ class Trainer:
         interval = _Interval()
         with closing(self.loader.iterate(self.progress.consumed_samples, config.train_samples)) as global_batches:
             while self.progress.consumed_samples < config.train_samples:
+                self.watchdog.beat(f"step {self.progress.step + 1}")
                 started = time.perf_counter()
-                batches = next(global_batches)
+                with self.engine.topology.failing_together():
+                    batches = next(global_batches)
                 data_wait = time.perf_counter() - started
                 rate = learning_rate(config.optimizer.learning_rate, self._tokens(), self._tokens_per_step())
                 losses, gradient_norm = self.engine.train_step(batches, rate, self._step_to_check())
@@ -131,6 +135,7 @@ class Trainer:
     def _validate(self) -> None:
         if not self.validation:
             return
+        self.watchdog.beat(f"validation after step {self.progress.step}")
         losses = self.engine.evaluate(self.validation)
         self._refuse_non_finite(losses.loss, 0.0)
         if self.log is not None:
@@ -141,5 +146,6 @@ class Trainer:
     def _save(self) -> None:
         if self.saved_step == self.progress.step:
             return
+        self.watchdog.beat(f"saving after step {self.progress.step}")
         save(self.run.checkpoints, self.engine, self.config, self.progress, self.config.checkpoint.keep)
         self.saved_step = self.progress.step

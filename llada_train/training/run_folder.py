@@ -18,6 +18,7 @@ _FREE = (
     "init_from",
     "training.micro_batch_size",
     "training.recompute",
+    "training.hang_timeout_seconds",
     "training.replica_check_interval_steps",
     "data.prefetch",
 )
@@ -54,14 +55,15 @@ class RunFolder:
                 )
 
     def prepare(self) -> None:
-        """Make the folder and write the resolved config into it; on one process.
+        """Make the folder, keep other runs out of it and write the resolved config into it; on one process.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or another run is at work in it.
         """
         temporary = self._stored.with_suffix(".tmp")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock()
             save_config(self._config, temporary)
             temporary.replace(self._stored)
         except OSError as error:
@@ -70,16 +72,15 @@ class RunFolder:
                 "give a folder that this user may write to (run_dir=…)"
             ) from None
 
-    def lock(self) -> None:
-        """Keep other runs out of the folder for the life of this process; on one process.
+    def release(self) -> None:
+        """Let another process have the folder; without this, until this process ends, however it ends."""
+        self._locked.close()
 
-        Raises:
-            UserError: another run is at work in it.
-        """
-        self._lock = (self.path / "lock").open("w")  # the system lets go of it when the process ends, however it ends
+    def _lock(self) -> None:
+        self._locked = (self.path / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UserError(
                 f"run_dir {self.path}: another run is at work in it; wait for it to end, or give another run_dir"
             ) from None

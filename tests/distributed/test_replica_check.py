@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,7 +185,8 @@ def trainer_of_ten_steps(
         while True:
             yield []
 
-    engine = SimpleNamespace(train_step=train_step, topology=SimpleNamespace(device=torch.device("cpu")))
+    topology = SimpleNamespace(device=torch.device("cpu"), failing_together=nullcontext)
+    engine = SimpleNamespace(train_step=train_step, topology=topology)
     monkeypatch.setattr(loop, "save", save)
     trainer = Trainer(
         config=config,
@@ -194,6 +196,7 @@ def trainer_of_ten_steps(
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
         log=None,
         stop=SimpleNamespace(agreed=lambda device: False),  # type: ignore[arg-type]
+        watchdog=SimpleNamespace(beat=lambda doing: None),  # type: ignore[arg-type]
         progress=Progress(step=0, consumed_samples=0),
     )
     return trainer, events
