@@ -19,8 +19,9 @@ demo: $(INSTALLED) ## Text to tokens to a trained model that fills in masks, in 
 test: $(INSTALLED) ## Run every test
 	$(BIN)/pytest
 
-soak: $(INSTALLED) ## The layout matrix over every layout of up to 8 processes: an hour or more on two cores
+soak: $(INSTALLED) ## Every layout of up to 8 processes, and a run that is killed 50 times: hours on two cores
 	$(BIN)/pytest tests/distributed/test_layouts.py --every-layout
+	$(BIN)/pytest tests/integration/test_faults.py -k killed --kills 50 --timeout 7200
 
 check: $(INSTALLED) ## Lint, format, types, and the direction of imports
 	$(BIN)/ruff check .

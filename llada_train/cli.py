@@ -54,7 +54,8 @@ def pretrain(
     """Pre-train a model; run the same command again to go on after a stop.
 
     Alone, under torchrun, or with --processes N. SIGTERM, SIGUSR1 or Ctrl-C ends the run after the step in hand with a
-    checkpoint and exit code 75; a finished run exits with 0, a mistake in config, data or environment with 2.
+    checkpoint and exit code 75; a finished run exits with 0, a mistake in config, data or environment with 2, one that
+    hangs (training.hang_timeout_seconds) with 70.
 
     Example: llada-train pretrain configs/pretrain/demo.yaml training.micro_batch_size=4 --processes 2
     """
@@ -63,7 +64,9 @@ def pretrain(
         from llada_train.training.preflight import open_inputs
 
         # Every problem is told once, before anything starts.
-        open_inputs(config, overrides or [], processes).run.prepare()
+        run_folder = open_inputs(config, overrides or [], processes).run
+        run_folder.prepare()
+        run_folder.release()  # to the first of the processes
         raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or [])])))
     from llada_train.training.signals import StopRequest
 
@@ -75,9 +78,12 @@ def pretrain(
     from llada_train.parallel.topology import quiet_engines
 
     quiet_engines()
-    from llada_train.training.pretrain import pretrain as run
+    from llada_train.training.watchdog import Watchdog
 
-    raise typer.Exit(run(inputs, stop))
+    with Watchdog(inputs.config.training.hang_timeout_seconds, int(os.environ.get("RANK", "0"))) as watchdog:
+        from llada_train.training.pretrain import pretrain as run
+
+        raise typer.Exit(run(inputs, stop, watchdog))
 
 
 @convert.command("to-hf")

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-layout", action="store_true", help="the layout matrix over all layouts, not a choice")
+    parser.addoption("--kills", type=int, help="kill a run so many times, and report; the suite does it five times")
 
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they"]
@@ -48,6 +49,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(iter(texts), 300, folder / "tokenizer")
     tokenize(Sources([folder / "text"]), folder / "tokenizer", folder / "corpus")
     return folder
+
+
+def copy_corpus(data: Path, folder: Path) -> Path:
+    """A corpus like that of `tiny_data`, to be damaged; its prefix."""
+    for suffix in (".bin", ".idx", ".json"):
+        (folder / f"corpus{suffix}").write_bytes((data / f"corpus{suffix}").read_bytes())
+    return folder / "corpus"
 
 
 def write_config(data: Path, folder: Path, **overrides: Any) -> Path:

@@ -146,6 +146,11 @@ class TrainingConfig(Section):
         default=False,
         description="on GPUs: only kernels that give the same bits every time, slower; CPUs always give the same bits",
     )
+    hang_timeout_seconds: Annotated[float, Field(gt=0, le=604_800)] = Field(
+        default=1800,
+        description="a rank that makes no progress for so long prints its stacks and the run ends; has to cover "
+        "start-up, one step, one validation and one save, each by itself",
+    )
     replica_check_interval_steps: PositiveInt | None = Field(
         default=None,
         description="steps between checks that parameters of which several ranks hold copies are equal bit for bit; "

@@ -10,6 +10,7 @@ number. PREFIX.json, the manifest, is ours; corpora made by Megatron's tools hav
 import os
 import shutil
 import struct
+import weakref
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -167,7 +168,11 @@ def _sync(file: BinaryIO) -> None:
 
 
 class Corpus:
-    """A memory-mapped corpus: one stream of tokens, cut into documents. Opening reads a few pages at any size."""
+    """A corpus on disk: one stream of tokens, cut into documents. Opening reads a few pages at any size.
+
+    Both files stay open, so that a corpus that is removed under a run goes on being read. Nothing is memory-mapped: a
+    file that is cut under a memory map ends the process by SIGBUS, without a word.
+    """
 
     def __init__(self, prefix: Path) -> None:
         """
@@ -177,15 +182,14 @@ class Corpus:
         self.prefix = prefix
         self._bin_path, self._idx_path, self._manifest_path = corpus_files(prefix)
         self._check_present()
-        size = self._idx_path.stat().st_size
-        with self._idx_path.open("rb") as file:
-            header = file.read(HEADER.size)
+        self._bin, self._idx = _File(self._bin_path), _File(self._idx_path)
+        header = self._idx.read(0, min(HEADER.size, self._idx.size))
         if header[: len(MAGIC)] != MAGIC:
             raise UserError(
                 f"{self._idx_path}: not a Megatron index (.idx); make the corpus with `llada-data tokenize`"
             )
         if len(header) < HEADER.size:
-            raise self._truncated(size, HEADER.size)
+            raise self._truncated(HEADER.size)
         _, version, code, sequences, indices = HEADER.unpack(header)
         if version != VERSION or code not in DTYPE_CODES:
             raise UserError(
@@ -193,19 +197,16 @@ class Corpus:
                 f"tokens (codes {', '.join(map(str, DTYPE_CODES))})"
             )
         expected = HEADER.size + sequences * 12 + indices * 8
-        if size < expected:
-            raise self._truncated(size, expected)
+        if self._idx.size < expected:
+            raise self._truncated(expected)
         if not sequences:
             raise UserError(f"{self._idx_path}: the corpus has no documents")
 
         self.dtype = np.dtype(DTYPE_CODES[code])
-        self._lengths = self._map_index("<i4", HEADER.size, sequences)
-        self._pointers = self._map_index("<i8", HEADER.size + sequences * 4, sequences)
-        self._documents = self._map_index("<i8", HEADER.size + sequences * 12, indices)
+        self._num_sequences = sequences
         self.num_documents = indices - 1
         self._check_sizes()
-        self._tokens = np.memmap(self._bin_path, self.dtype.newbyteorder("<"), "r").view(np.ndarray)
-        self.num_tokens = len(self._tokens)
+        self.num_tokens = self._bin.size // self.dtype.itemsize
 
     @property
     def manifest(self) -> Manifest | None:
@@ -233,20 +234,23 @@ class Corpus:
         return manifest
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream: a read-only view of the file.
+        """Tokens [start, stop) of the stream, read-only. Safe to call from several threads.
 
         Raises:
             IndexError: the range does not lie in [0, num_tokens].
+            UserError: the file was cut or became unreadable since it was opened.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a corpus of {self.num_tokens}")
-        return self._tokens[start:stop]
+        size = self.dtype.itemsize
+        return np.frombuffer(self._bin.read(start * size, (stop - start) * size), self.dtype.newbyteorder("<"))
 
     def document(self, i: int) -> np.ndarray:
-        """The tokens of document i, its EOS included: a read-only view of the file.
+        """The tokens of document i, its EOS included, read-only.
 
         Raises:
             IndexError: i does not lie in [0, num_documents).
+            UserError: as `tokens`.
         """
         return self.tokens(self.document_start(i), self.document_start(i + 1))
 
@@ -255,16 +259,30 @@ class Corpus:
 
         Raises:
             IndexError: i does not lie in [0, num_documents].
+            UserError: as `tokens`, of the index.
         """
         if not 0 <= i <= self.num_documents:
             raise IndexError(f"document {i} of a corpus of {self.num_documents}")
-        sequence = int(self._documents[i])
-        if sequence == len(self._pointers):
-            return self.num_tokens
-        return int(self._pointers[sequence]) // self.dtype.itemsize
+        sequence = self._document(i)
+        return self.num_tokens if sequence == self._num_sequences else self._pointer(sequence) // self.dtype.itemsize
 
-    def _map_index(self, dtype: str, offset: int, count: int) -> np.ndarray:
-        return np.memmap(self._idx_path, dtype, "r", offset, (count,)).view(np.ndarray)
+    def _length(self, sequence: int) -> int:
+        """In tokens."""
+        return self._entry("<i", 0, sequence)
+
+    def _pointer(self, sequence: int) -> int:
+        """Where the sequence begins in the .bin, in bytes."""
+        return self._entry("<q", self._num_sequences * 4, sequence)
+
+    def _document(self, i: int) -> int:
+        """The first sequence of document i."""
+        return self._entry("<q", self._num_sequences * 12, i)
+
+    def _entry(self, kind: str, array: int, i: int) -> int:
+        """Entry i of the index's array that begins `array` bytes after the header."""
+        size = struct.calcsize(kind)
+        (value,) = struct.unpack(kind, self._idx.read(HEADER.size + array + i * size, size))
+        return int(value)
 
     def _check_present(self) -> None:
         missing = [path for path in (self._bin_path, self._idx_path) if not path.is_file()]
@@ -278,17 +296,54 @@ class Corpus:
 
     def _check_sizes(self) -> None:
         """The first and last entries of the index against each other and the .bin."""
-        if self.num_documents < 0 or (self._documents[0], self._documents[-1]) != (0, len(self._lengths)):
+        n = self._num_sequences
+        if self.num_documents < 0 or (self._document(0), self._document(self.num_documents)) != (0, n):
             raise UserError(f"{self._idx_path}: damaged: its documents do not cover its sequences; tokenize again")
-        described = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
-        size = self._bin_path.stat().st_size
+        described = self._pointer(n - 1) + self._length(n - 1) * self.dtype.itemsize
+        size = self._bin.size
         if size != described or not size:
             raise UserError(
                 f"{self._bin_path}: has {size:,} bytes, but {self._idx_path} describes {described:,}; "
                 "a file is truncated or the two are not of one corpus: copy both again, or tokenize again"
             )
 
-    def _truncated(self, size: int, expected: int) -> UserError:
+    def _truncated(self, expected: int) -> UserError:
         return UserError(
-            f"{self._idx_path}: truncated: {size:,} of {expected:,} bytes; copy it again, or tokenize again"
+            f"{self._idx_path}: truncated: {self._idx.size:,} of {expected:,} bytes; copy it again, or tokenize again"
+        )
+
+
+class _File:
+    """An open file that is read at any place, by any thread; closed when it is no longer used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size  # as it was when the run began
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes [start, start + size), which lay in the file when it was opened.
+
+        Raises:
+            UserError: they are not there any more.
+        """
+        data = b""
+        while len(data) < size:
+            try:
+                part = os.pread(self._descriptor, size - len(data), start + len(data))
+            except OSError as error:
+                raise self._lost(f"cannot be read any more: {error.strerror}") from None
+            if not part:
+                raise self._lost(f"has no byte {start + len(data):,} any more, of {self.size:,}: it was cut")
+            data += part
+        return data
+
+    def _lost(self, what: str) -> UserError:
+        return UserError(
+            f"{self._path}: {what} since it was opened; put the file back as it was, and run the same command "
+            "again: a run goes on from its newest checkpoint"
         )

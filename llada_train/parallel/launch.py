@@ -5,6 +5,7 @@ few lines that start local processes are ours.
 """
 
 import ctypes
+import math
 import os
 import random
 import signal
@@ -14,12 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 from llada_train.config.errors import UserError
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_SECONDS = 10.0
+HUNG_EXIT_CODE = 70  # EX_SOFTWARE: a rank made no progress for training.hang_timeout_seconds and told its stacks
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is saved; the same command goes on from it
 
 
@@ -41,7 +44,8 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
     """Run `command` N times with torchrun's environment variables; return the first non-zero exit code, or 0.
 
     SIGTERM, SIGUSR1 and Ctrl-C go on to every process. When one fails the others get SIGTERM, and after a grace time
-    SIGKILL; when this process is killed, all get SIGTERM. None is left behind.
+    SIGKILL; when this process is killed, all get SIGTERM. None is left behind. A process that ends by a signal which
+    was passed on, since it does not listen yet, is stopped and has not failed.
     """
     shared = {
         **os.environ,
@@ -52,15 +56,12 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
     threads = max(1, (os.cpu_count() or 1) // processes)
     shared.setdefault("OMP_NUM_THREADS", str(threads))
     workers: list[subprocess.Popen[bytes]] = []
-    early: list[int] = []  # signals that came before the last worker was started
+    asked: list[int] = []  # signals that came; those before the last worker was started reach it then
 
     def forward(number: int, _: FrameType | None = None) -> None:
-        if len(workers) < processes:
-            early.append(number)
-            return
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+        asked.append(number)
+        if len(workers) == processes:
+            _send(workers, number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -68,11 +69,11 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C reaches the workers once, through `forward`.
             workers.append(
-                subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_stop_with_the_launcher)
+                subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=partial(_stop_with, os.getpid()))
             )
-        for number in early:
-            forward(number)
-        return _wait(workers)
+        for number in list(asked):
+            _send(workers, number)
+        return _wait(workers, asked)
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -81,31 +82,41 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
-    deadline = None
-    failed = 0
+def _wait(workers: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
+    deadline = math.inf
+    outcome = 0
     while True:
         codes = [worker.poll() for worker in workers]
         bad = next((code for code in codes if code not in (None, 0, STOPPED_EXIT_CODE)), 0)
-        if bad and not failed:
-            failed = bad if bad > 0 else 128 - bad  # as a shell reports a signal
+        if bad and not outcome:
             deadline = time.monotonic() + GRACE_SECONDS
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.terminate()
+            outcome = bad if bad > 0 else 128 - bad  # as a shell reports a signal
+            if -bad in asked:
+                # It did not listen yet, so that it had not joined the others, and none of them has anything to save.
+                deadline, outcome = -math.inf, STOPPED_EXIT_CODE
+            _send(workers, signal.SIGTERM)
         if None not in codes:
-            return failed or next((code for code in codes if code), 0)
-        if deadline is not None and time.monotonic() > deadline:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
+            # A hang that one tells of may end another first.
+            hung = HUNG_EXIT_CODE if HUNG_EXIT_CODE in codes else 0
+            return hung or outcome or next((code for code in codes if code), 0)
+        if time.monotonic() > deadline:
+            _send(workers, signal.SIGKILL)
         time.sleep(0.05)
 
 
-def _stop_with_the_launcher() -> None:
+def _send(workers: list[subprocess.Popen[bytes]], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
+
+
+def _stop_with(launcher: int) -> None:
     """Run by a worker as it starts: should the launcher be killed, Linux sends SIGTERM, so that it saves and ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the launcher's handler, which is still there
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <sys/prctl.h>
+    if os.getppid() != launcher:  # killed before this was set
+        os._exit(1)
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:

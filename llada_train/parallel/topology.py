@@ -1,9 +1,13 @@
 """Where this process stands: its rank, its device, its place in the grid of tensor, pipeline and data parallelism."""
 
 import logging
+import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,6 +17,8 @@ from llada_train.config.errors import UserError
 from llada_train.config.schema import ParallelConfig
 from llada_train.data.loader import Place
 from llada_train.parallel.launch import free_port, world_size
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own default
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,32 @@ class Topology:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Collective: a UserError that any rank raises within is raised on all. None waits for one that has ended."""
+        problem: str | None = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        failed = torch.tensor(int(problem is not None), device=self.device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failed:
+            problems: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(problems, problem)
+            raise UserError(next(found for found in problems if found is not None))
+
 
 def rank() -> int:
     """This process's number among them, before any process group exists."""
     return int(os.environ.get("RANK", "0"))
 
 
-def initialize(parallel: ParallelConfig) -> Topology:
-    """Start the process group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups inside it."""
+def initialize(parallel: ParallelConfig, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Topology:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) and megatron-core's groups inside it.
+
+    A collective that waits for longer than `timeout` raises an error.
+    """
     import deepspeed
 
     _complete_environment()
@@ -55,9 +79,12 @@ def initialize(parallel: ParallelConfig) -> Topology:
         device = torch.device("cpu")
         cpu.prepare()
     deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timeout,
     )
-    place = initialize_groups(parallel)
+    place = initialize_groups(parallel, timeout)
     return Topology(rank=dist.get_rank(), world_size=dist.get_world_size(), place=place, device=device)
 
 
@@ -69,7 +96,7 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def initialize_groups(parallel: ParallelConfig) -> Place:
+def initialize_groups(parallel: ParallelConfig, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Place:
     """megatron-core's groups inside the process group that is there; what this process reads of a global batch."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -82,6 +109,7 @@ def initialize_groups(parallel: ParallelConfig) -> Place:
         ),
         context_parallel_size=parallel.context_parallel,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
     )
     # Nothing on the device draws random numbers, but megatron-core's sequence-parallel regions want their states.
     model_parallel_cuda_manual_seed(0)

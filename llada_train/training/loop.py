@@ -22,6 +22,7 @@ from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
+from llada_train.training.watchdog import Watchdog
 
 
 @dataclass
@@ -57,10 +58,12 @@ class Trainer:
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
         stop: StopRequest,
+        watchdog: Watchdog,
         progress: Progress,
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
-        self.run, self.writer, self.log, self.stop, self.progress = run, writer, log, stop, progress
+        self.run, self.writer, self.log, self.stop, self.watchdog = run, writer, log, stop, watchdog
+        self.progress = progress
         self.guard = Guard(config.guard, progress.guard)
 
     def train(self) -> bool:
@@ -77,6 +80,7 @@ class Trainer:
         except UserError:
             self.writer.finish()
             raise
+        self.watchdog.beat(f"saving after step {self.progress.step}")
         self.writer.save(self.progress)
         return outcome is _Outcome.COMPLETE
 
@@ -85,8 +89,10 @@ class Trainer:
         steps = self.loader.iterate(self.progress.consumed_samples, config.train_samples, self.guard.state.passed_over)
         with closing(steps):
             while not self._complete():
+                self.watchdog.beat(f"step {self.progress.step + 1}")
                 started = time.perf_counter()
-                batch = next(steps)
+                with self.engine.topology.failing_together():
+                    batch = next(steps)
                 data_wait = time.perf_counter() - started
                 rate = learning_rate(
                     config.optimizer.learning_rate, self._tokens(batch.first_sample), self._tokens_per_step()
@@ -108,6 +114,7 @@ class Trainer:
                 if stopping and not self._complete():
                     return _Outcome.STOPPED
                 if self._due(config.checkpoint.interval_steps) and not self._complete():
+                    self.watchdog.beat(f"saving after step {self.progress.step}")
                     self.writer.start(self.progress)
         return _Outcome.COMPLETE
 
@@ -130,6 +137,7 @@ class Trainer:
         Raises:
             UserError: there is none, or the run went back to it before.
         """
+        self.watchdog.beat(f"going back after step {self.progress.step}")
         self.writer.finish()
         bad, number = self.guard.state, self.progress.step
         assert bad.first_skipped_sample is not None
@@ -193,6 +201,7 @@ class Trainer:
     def _validate(self) -> None:
         if not self.validation:
             return
+        self.watchdog.beat(f"validation after step {self.progress.step}")
         losses = self.engine.evaluate(self.validation)
         if not math.isfinite(losses.loss):
             raise UserError(

@@ -1,7 +1,12 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, one console line, and a picture of the curves. Rank 0 only."""
 
 import json
+import os
+import socket
+import sys
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -27,14 +32,15 @@ Record = dict[str, Any]
 class MetricsLog:
     """Writes each record to metrics.jsonl and TensorBoard and tells it on the console.
 
-    Losses and bounds are in nats per token, times in seconds per step.
+    Losses and bounds are in nats per token, times in seconds per step. A log that cannot be written (disk full, folder
+    read-only) is told on stderr and ends no run.
     """
 
     def __init__(self, run_dir: Path, resumed_step: int, config: Config, console: Console | None = None) -> None:
         """Open the logs of `run_dir`. What they hold beyond `resumed_step` (0: all) is dropped, since it comes again.
 
         Raises:
-            UserError: metrics.jsonl holds something else than metrics.
+            UserError: metrics.jsonl holds something else than metrics, or the logs cannot be written.
         """
         self._run_dir = run_dir
         self._last_tokens = config.train_samples * config.data.sequence_length
@@ -42,16 +48,21 @@ class MetricsLog:
         self._open(resumed_step)
 
     def _open(self, resumed_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         path = self._run_dir / METRICS_FILE
         kept = [record for record in read_metrics(self._run_dir) if _is_before(record, resumed_step)]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        purge_from = resumed_step + 1 if resumed_step else 0
-        self._tensorboard = SummaryWriter(str(self._run_dir / TENSORBOARD_FOLDER), purge_step=purge_from)
+        try:
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+            temporary.replace(path)
+            self._file = _LogFile(path)
+            self._tensorboard = _TensorBoard(
+                self._run_dir / TENSORBOARD_FOLDER, resumed_step + 1 if resumed_step else 0
+            )
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or path}: cannot be written: {error.strerror}; free some space or mend the folder's "
+                "permissions, then run the same command again"
+            ) from None
 
     def train(
         self,
@@ -122,15 +133,77 @@ class MetricsLog:
         self._tensorboard.close()
 
     def _append(self, record: Record) -> None:
-        self._file.write(_line(record))
+        self._file.write(_line(record).encode())
 
     def _scalars(self, group: str, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._tensorboard.add_scalar(f"{group}/{name}", value, step)
-        self._tensorboard.flush()  # its own period is two minutes, which a killed run would lose
+        self._tensorboard.add(step, {f"{group}/{name}": value for name, value in values.items()})
 
     def _tell(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        with suppress(OSError):  # stdout may be a file on a disk that is full
+            self._console.print(line, soft_wrap=True)
+
+
+class _LogFile:
+    """A file that is added to, unbuffered. What cannot be written is told once, kept, and tried again with the next."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._failing = False
+
+    def write(self, data: bytes) -> None:
+        self._unwritten += data
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._failing:
+                warn(f"{self._path}: cannot be written: {error.strerror}; the run goes on and keeps trying")
+            self._failing = True
+        else:
+            if self._failing:
+                warn(f"{self._path}: is written again; nothing is missing")
+            self._failing = False
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    """An event file. TensorBoard's own writer works in a thread that the first failed write ends for good."""
+
+    def __init__(self, folder: Path, purge_from: int) -> None:
+        """What TensorBoard has read of earlier event files at steps from `purge_from` on is forgotten."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        self._file = _LogFile(folder / f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}.0")
+        self._records = RecordWriter(self._file)
+        start = SessionLog(status=SessionLog.START)
+        for event in (
+            Event(wall_time=now, file_version="brain.Event:2"),
+            Event(wall_time=now, step=purge_from, session_log=start),
+        ):
+            self._records.write(event.SerializeToString())
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars))
+        self._records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def warn(message: str) -> None:
+    """On stderr, which may be a file on a full disk itself."""
+    with suppress(OSError):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def read_metrics(run_dir: Path) -> list[Record]:

@@ -1,6 +1,7 @@
 """`llada-train pretrain`: build what the config names, in this order, and run the loop."""
 
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 from llada_train.checkpoint.manifest import Progress
@@ -17,12 +18,13 @@ from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
-from llada_train.training.metrics import MetricsLog, plot_curves
+from llada_train.training.metrics import MetricsLog, plot_curves, warn
 from llada_train.training.preflight import Inputs
 from llada_train.training.signals import StopRequest
+from llada_train.training.watchdog import Watchdog
 
 
-def pretrain(inputs: Inputs, stop: StopRequest) -> int:
+def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
     """Train on this process (one of WORLD_SIZE); returns the exit code: 0 complete, 75 stopped by a signal.
 
     `stop` was made before anything heavy was imported, so that no signal is missed.
@@ -33,15 +35,19 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
     config, data, run = inputs.config, inputs.data, inputs.run
     if topology.rank() == 0:
         run.prepare()
-        run.lock()
     if config.training.deterministic:
         topology.make_deterministic()
-    here = topology.initialize(config.parallel)
+    watchdog.beat("joining the other processes")
+    # Longer than the watchdog waits: of a rank that hangs it tells more than a collective that gives up.
+    here = topology.initialize(config.parallel, timedelta(seconds=2 * config.training.hang_timeout_seconds))
     try:
+        watchdog.beat("building the model")
         engine = Engine(config, here)
+        watchdog.beat("reading its weights")
         progress = _restore(run.checkpoints, engine)
         writer = CheckpointWriter(run.checkpoints, engine)
-        log = MetricsLog(run.path, progress.step, config) if here.is_main else None
+        with here.failing_together():
+            log = MetricsLog(run.path, progress.step, config) if here.is_main else None
         trainer = Trainer(
             config=config,
             engine=engine,
@@ -51,12 +57,13 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
             writer=writer,
             log=log,
             stop=stop,
+            watchdog=watchdog,
             progress=progress,
         )
         complete = trainer.train()
         if log is not None:
             log.close()
-            plot_curves(run.path)
+            _draw_curves(run.path)
             if not complete:
                 saved = checkpoints(run.checkpoints)[-1]
                 step = trainer.progress.step
@@ -65,6 +72,14 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
     finally:
         topology.shutdown()
     return 0 if complete else STOPPED_EXIT_CODE
+
+
+def _draw_curves(run_dir: Path) -> None:
+    """A picture that cannot be written is no reason to call a run failed."""
+    try:
+        plot_curves(run_dir)
+    except OSError as error:
+        warn(f"{run_dir}: the loss curves cannot be drawn: {error.strerror or error}")
 
 
 def _restore(root: Path, engine: Engine) -> Progress:

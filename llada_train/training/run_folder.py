@@ -20,6 +20,7 @@ _FREE = (
     "training.micro_batch_size",
     "training.recompute",
     "training.deterministic",
+    "training.hang_timeout_seconds",
     "training.replica_check_interval_steps",
     "data.prefetch",
 )
@@ -57,14 +58,15 @@ class RunFolder:
                 )
 
     def prepare(self) -> None:
-        """Make the folder and write the resolved config into it; on one process.
+        """Make the folder, keep other runs out of it and write the resolved config into it; on one process.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: it cannot be written, or another run is at work in it.
         """
         temporary = self._stored.with_suffix(".tmp")
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path)
             save_config(self._config, temporary)
             temporary.replace(self._stored)
         except OSError as error:
@@ -73,13 +75,9 @@ class RunFolder:
                 "give a folder that this user may write to (run_dir=…)"
             ) from None
 
-    def lock(self) -> None:
-        """Keep other runs out of the folder for the life of this process; on one process.
-
-        Raises:
-            UserError: another run is at work in it.
-        """
-        self._lock = lock(self.path)
+    def release(self) -> None:
+        """Let another process have the folder; without this, until this process ends, however it ends."""
+        self._lock.close()
 
 
 def lock(run: Path) -> IO[str]:

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,7 +188,8 @@ def trainer_of_ten_steps(
         for sample in range(first, last, size):
             yield GlobalBatch(sample, sample + size, [])
 
-    engine = SimpleNamespace(train_step=train_step, topology=SimpleNamespace(device=torch.device("cpu")))
+    topology = SimpleNamespace(device=torch.device("cpu"), failing_together=nullcontext)
+    engine = SimpleNamespace(train_step=train_step, topology=topology)
     monkeypatch.setattr(loop, "any_rank", lambda *flags, device: list(flags))
     trainer = Trainer(
         config=config,
@@ -198,6 +200,7 @@ def trainer_of_ten_steps(
         writer=SimpleNamespace(start=save, save=save, finish=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
         log=None,
         stop=SimpleNamespace(received=False),  # type: ignore[arg-type]
+        watchdog=SimpleNamespace(beat=lambda doing: None),  # type: ignore[arg-type]
         progress=Progress(step=0, consumed_samples=0),
     )
     return trainer, events

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_config
+from conftest import copy_corpus, write_config
 
 from llada_train.checkpoint.store import FOLDER, checkpoints
 from llada_train.training.metrics import read_metrics
@@ -47,14 +47,8 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def copy_of_corpus(data: Path, folder: Path) -> Path:
-    for suffix in (".bin", ".idx", ".json"):
-        (folder / f"corpus{suffix}").write_bytes((data / f"corpus{suffix}").read_bytes())
-    return folder / "corpus"
-
-
 def cut_corpus(data: Path, folder: Path) -> str:
-    corpus = copy_of_corpus(data, folder)
+    corpus = copy_corpus(data, folder)
     content = (folder / "corpus.bin").read_bytes()
     (folder / "corpus.bin").write_bytes(content[: len(content) // 2])
     return f"data.corpora.0.path={corpus}"

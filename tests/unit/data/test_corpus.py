@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +187,48 @@ def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         write(tmp_path / "file" / "c", DOCUMENTS)
+
+
+def test_a_removed_corpus_goes_on_being_read(prefix: Path) -> None:
+    corpus = Corpus(prefix)
+    for path in prefix.parent.iterdir():
+        path.unlink()
+    assert [corpus.document(i).tolist() for i in range(4)] == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_corpus_that_is_cut_while_it_is_open_is_a_user_error(prefix: Path, suffix: str) -> None:
+    path = Path(f"{prefix}{suffix}")
+    corpus, content = Corpus(prefix), path.read_bytes()
+    os.truncate(path, len(content) - 9)  # under a memory map, past its last page, that would be SIGBUS
+    with pytest.raises(UserError, match=rf"{suffix}: has no byte .* it was cut since it was opened; put the file back"):
+        corpus.document(3)
+    path.write_bytes(content)
+    assert corpus.document(3).tolist() == DOCUMENTS[3]
+
+
+def test_a_corpus_that_cannot_be_read_any_more_is_a_user_error(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: int) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    corpus = Corpus(prefix)
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(UserError, match=r"web\.v2\.idx: cannot be read any more: Stale file handle"):
+        corpus.document(1)
+    with pytest.raises(UserError, match=r"web\.v2\.bin: cannot be read any more: Stale file handle"):
+        corpus.tokens(0, 1)
+
+
+def test_short_reads_are_put_together(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, start: pread(descriptor, min(size, 3), start))
+    corpus = Corpus(prefix)
+    assert [corpus.document(i).tolist() for i in range(4)] == DOCUMENTS
+
+
+def test_files_are_closed_with_the_last_use(prefix: Path) -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    corpora = [Corpus(prefix) for _ in range(3)]
+    assert len(set(Path("/proc/self/fd").iterdir()) - before) >= 6
+    del corpora
+    assert not set(Path("/proc/self/fd").iterdir()) - before

@@ -1,5 +1,10 @@
+import errno
 import io
 import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -137,3 +142,59 @@ def test_curves_are_a_picture(tmp_path: Path, config: Config) -> None:
 def test_curves_of_a_run_that_logged_nothing_yet(tmp_path: Path) -> None:
     with Image.open(plot_curves(tmp_path)) as picture:
         picture.verify()
+
+
+def test_a_full_disk_is_told_once_and_nothing_is_missing_when_it_has_room(
+    tmp_path: Path, config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog(tmp_path, 0, config, Console(file=io.StringIO()))
+    write(log, range(1, 2))
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    with no_file_larger_than(min(sizes) + 100):  # in the middle of a record
+        write(log, range(2, 5))
+    log_file = tmp_path / METRICS_FILE
+    assert sorted(warnings(capfd)) == sorted(
+        f"warning: {path}: cannot be written: File too large; the run goes on and keeps trying"
+        for path in (log_file, next((tmp_path / "tensorboard").iterdir()))
+    )
+    assert not log_file.read_text().endswith("\n")
+    write(log, range(5, 6))
+    log.close()
+    assert [line.partition(": is ")[2] for line in warnings(capfd)] == ["written again; nothing is missing"] * 2
+    assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in tensorboard(tmp_path, "train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_a_console_on_a_full_disk_ends_no_run(tmp_path: Path, config: Config) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = MetricsLog(tmp_path, 0, config, Console(file=Full()))
+    write(log, range(1, 3))
+    log.close()
+    assert len(read_metrics(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("name", [METRICS_FILE, "tensorboard"])
+def test_logs_that_cannot_be_begun_are_a_user_error(tmp_path: Path, config: Config, name: str) -> None:
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "run" if name == METRICS_FILE else tmp_path
+    if name == "tensorboard":
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{run}/.*: cannot be written: (Not a directory|File exists)"):
+        MetricsLog(run, 0, config, Console(file=io.StringIO()))
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def warnings(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    return capfd.readouterr().err.splitlines()
