@@ -48,6 +48,9 @@ def pretrain(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Start so many processes on this machine (torchrun works as well).")
     ] = None,
+    accept_config_changes: Annotated[
+        bool, typer.Option("--accept-config-changes", help="Go on with settings that the run was not begun with.")
+    ] = False,
 ) -> None:
     """Pre-train a model; run the same command again to go on after a stop.
 
@@ -61,15 +64,17 @@ def pretrain(
         from llada_train.training.preflight import open_inputs
 
         # Every problem is told once, before anything starts.
-        open_inputs(config, overrides or [], processes).run.prepare()
-        raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or [])])))
+        open_inputs(config, overrides or [], processes, accept_config_changes).run.prepare()
+        flags = ["--accept-config-changes"] if accept_config_changes else []
+        raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or []), *flags])))
     from llada_train.training.signals import StopRequest
 
     stop = StopRequest()
     from llada_train.parallel.launch import world_size
     from llada_train.training.preflight import open_inputs
 
-    inputs = open_inputs(config, overrides or [], world_size())  # a mistake is told before the slow imports
+    # A mistake is told before the slow imports.
+    inputs = open_inputs(config, overrides or [], world_size(), accept_config_changes)
     from llada_train.parallel.topology import quiet_engines
 
     quiet_engines()

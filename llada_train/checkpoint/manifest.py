@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
+from llada_train.data.timeline import Phase
 
 FILE_NAME = "manifest.json"
 MAX_BYTES = 1 << 28  # a manifest of a 1,024-rank 8B run is about 2 MiB
@@ -46,6 +47,7 @@ class Progress(_Strict):
 
     step: NonNegativeInt
     consumed_samples: NonNegativeInt
+    phases: tuple[Phase, ...] = ()  # that these samples belong to
 
 
 class Manifest(_Strict):

@@ -11,6 +11,7 @@ from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
 from llada_train.data.loader import TrainingLoader
+from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import Engine, Losses
 from llada_train.training.learning_rate import learning_rate
@@ -24,12 +25,16 @@ class _Interval:
     """What happened since the last line of the log."""
 
     steps: int = 0
+    tokens: int = 0  # nominal
+    flops: float = 0.0
     seconds: float = 0.0  # of the steps alone, without validation and checkpoints between them
     losses: Losses = field(default_factory=Losses.none)
     data_wait: float = 0.0
 
-    def add(self, losses: Losses, seconds: float, data_wait: float) -> None:
+    def add(self, losses: Losses, tokens: int, flops: float, seconds: float, data_wait: float) -> None:
         self.steps += 1
+        self.tokens += tokens
+        self.flops += flops
         self.seconds += seconds
         self.losses = self.losses + losses
         self.data_wait += data_wait
@@ -41,6 +46,7 @@ class Trainer:
         config: Config,
         engine: Engine,
         loader: TrainingLoader,
+        timeline: Timeline,
         validation: list[Batch],
         run: RunFolder,
         log: MetricsLog | None,  # on the main process only
@@ -48,6 +54,7 @@ class Trainer:
         progress: Progress,
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
+        self.timeline, self.end_samples = timeline, timeline.end_samples
         self.run, self.log, self.stop, self.progress = run, log, stop, progress
         self.saved_step = progress.step if progress.step else None
 
@@ -55,16 +62,17 @@ class Trainer:
         """Run to the end, or until a signal: True when the run is complete. A checkpoint is saved either way."""
         config = self.config
         interval = _Interval()
-        with closing(self.loader.iterate(self.progress.consumed_samples, config.train_samples)) as global_batches:
-            while self.progress.consumed_samples < config.train_samples:
-                started = time.perf_counter()
+        with closing(self.loader.iterate(self.progress.consumed_samples, self.end_samples)) as global_batches:
+            while self.progress.consumed_samples < self.end_samples:
+                phase, started = self.timeline.phase(self.progress.consumed_samples), time.perf_counter()
                 batches = next(global_batches)
                 data_wait = time.perf_counter() - started
-                rate = learning_rate(config.optimizer.learning_rate, self._tokens(), self._tokens_per_step())
+                rate = learning_rate(config.optimizer.learning_rate, self._tokens(), phase.tokens_per_step)
                 losses, gradient_norm = self.engine.train_step(batches, rate, self._step_to_check())
-                self._advance()
+                self._advance(phase.global_batch_size)
                 self._refuse_non_finite(losses.loss, gradient_norm)
-                interval.add(losses, time.perf_counter() - started, data_wait)
+                flops = phase.tokens_per_step * flops_per_token(config.model, phase.sequence_length)
+                interval.add(losses, phase.tokens_per_step, flops, time.perf_counter() - started, data_wait)
                 stopping = self.stop.agreed(self.engine.topology.device)
                 if stopping or self._due(config.logging.interval_steps):
                     self._report(interval, rate, gradient_norm)
@@ -76,24 +84,21 @@ class Trainer:
                 if stopping:
                     break
         self._save()
-        return self.progress.consumed_samples >= config.train_samples
+        return self.progress.consumed_samples >= self.end_samples
 
-    def _advance(self) -> None:
+    def _advance(self, samples: int) -> None:
+        consumed = self.progress.consumed_samples + samples
         self.progress = Progress(
-            step=self.progress.step + 1,
-            consumed_samples=self.progress.consumed_samples + self.config.training.global_batch_size,
+            step=self.progress.step + 1, consumed_samples=consumed, phases=self.timeline.begun(consumed)
         )
 
     def _due(self, interval_steps: int) -> bool:
         """Every so many steps, and at the end of the run."""
-        return self.progress.step % interval_steps == 0 or self.progress.consumed_samples >= self.config.train_samples
+        return self.progress.step % interval_steps == 0 or self.progress.consumed_samples >= self.end_samples
 
     def _tokens(self) -> int:
         """Nominal tokens so far: the clock of the learning-rate phases."""
-        return self.progress.consumed_samples * self.config.data.sequence_length
-
-    def _tokens_per_step(self) -> int:
-        return self.config.training.global_batch_size * self.config.data.sequence_length
+        return self.timeline.tokens(self.progress.consumed_samples)
 
     def _refuse_non_finite(self, loss: float, gradient_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(gradient_norm):
@@ -112,8 +117,6 @@ class Trainer:
     def _report(self, interval: _Interval, rate: float, gradient_norm: float) -> None:
         if self.log is None:
             return
-        tokens_per_second = interval.steps * self._tokens_per_step() / interval.seconds
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
         self.log.train(
             step=self.progress.step,
             consumed_samples=self.progress.consumed_samples,
@@ -121,11 +124,11 @@ class Trainer:
             loss=interval.losses.loss / interval.steps,
             learning_rate=rate,
             grad_norm=gradient_norm,
-            tokens_per_second=tokens_per_second,
-            model_flops_per_second=tokens_per_second * flops,
+            tokens_per_second=interval.tokens / interval.seconds,
+            model_flops_per_second=interval.flops / interval.seconds,
             data_wait_seconds=interval.data_wait / interval.steps,
             step_seconds=interval.seconds / interval.steps,
-            nelbo_by_t=interval.losses.bound_by_t(interval.steps),
+            nelbo_by_t=interval.losses.bound_by_t(),
         )
 
     def _validate(self) -> None:

@@ -11,6 +11,7 @@ from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation_batches
+from llada_train.data.timeline import Timeline
 from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
@@ -33,6 +34,7 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
     if topology.rank() == 0:
         run.prepare()
         run.lock()
+        run.record_changes()
     here = topology.initialize(config.parallel)
     try:
         engine = Engine(config, here)
@@ -41,11 +43,16 @@ def pretrain(inputs: Inputs, stop: StopRequest) -> int:
         progress = _restore(config, engine, resume_from)
         if here.is_main and resume_from is not None:
             print(f"resuming from {resume_from} at step {progress.step:,}")
-        log = MetricsLog(run.path, progress.step, config) if here.is_main else None
+            for change in run.accepted_changes:
+                print(f"accepted: {change}")
+        timeline = Timeline(config, progress.phases, progress.consumed_samples)
+        end_tokens = timeline.tokens(timeline.end_samples)
+        log = MetricsLog(run.path, progress.step, end_tokens) if here.is_main else None
         trainer = Trainer(
             config=config,
             engine=engine,
-            loader=TrainingLoader(data, config, here.place),
+            loader=TrainingLoader(data.at(timeline), config, here.place),
+            timeline=timeline,
             validation=validation_batches(data, config, here.place),
             run=run,
             log=log,
