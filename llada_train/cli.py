@@ -50,6 +50,9 @@ def pretrain(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Start so many processes on this machine (torchrun works as well).")
     ] = None,
+    accept_config_changes: Annotated[
+        bool, typer.Option("--accept-config-changes", help="Go on with settings that the run was not begun with.")
+    ] = False,
 ) -> None:
     """Pre-train a model; run the same command again to go on after a stop.
 
@@ -64,17 +67,19 @@ def pretrain(
         from llada_train.training.preflight import open_inputs
 
         # Every problem is told once, before anything starts.
-        run_folder = open_inputs(config, overrides or [], processes).run
+        run_folder = open_inputs(config, overrides or [], processes, accept_config_changes).run
         run_folder.prepare()
         run_folder.release()  # to the first of the processes
-        raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or [])])))
+        flags = ["--accept-config-changes"] if accept_config_changes else []
+        raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or []), *flags])))
     from llada_train.training.signals import StopRequest
 
     stop = StopRequest()
     from llada_train.parallel.launch import world_size
     from llada_train.training.preflight import open_inputs
 
-    inputs = open_inputs(config, overrides or [], world_size())  # a mistake is told before the slow imports
+    # A mistake is told before the slow imports.
+    inputs = open_inputs(config, overrides or [], world_size(), accept_config_changes)
     from llada_train.parallel.topology import quiet_engines
 
     quiet_engines()

@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFlo
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
+from llada_train.data.timeline import Phase
 
 FILE_NAME = "manifest.json"
 CHECKSUM_NAME = f"{FILE_NAME}.sha256"
@@ -77,6 +78,7 @@ class Progress(_Strict):
 
     step: Count
     consumed_samples: Count
+    phases: tuple[Phase, ...] = ()  # that these samples belong to
     guard: GuardState = GuardState()
 
 

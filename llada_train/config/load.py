@@ -11,7 +11,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config, check_world_size, cross_section_problems
+from llada_train.config.rules import check_world_size, cross_section_problems
+from llada_train.config.schema import Config
 
 Location = tuple[int | str, ...]
 

@@ -1,10 +1,9 @@
-"""The config tree: every setting of a run, its type, its default, and the rules that tie settings together.
+"""The config tree: every setting of a run, its type and its default.
 
-Sizes are in tokens, sequences or steps as their names say. Times on the learning-rate and mixture clocks are *nominal*
-tokens: consumed samples × sequence_length (a cut row counts as a full one).
+Sizes are in tokens, sequences or steps as their names say. Times, of learning-rate phases and of the schedule, are in
+*nominal* tokens: each consumed sample counts sequence_length, whether it was cut or not.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,7 +63,7 @@ class CorpusConfig(Section):
     """One tokenized corpus, `path`.bin and `path`.idx, in Megatron's format."""
 
     path: Path
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: NonNegativeFloat = Field(default=1.0, description="share of the tokens; 0: none, until the schedule says")
     validation_documents: Annotated[int, Field(ge=0)] = Field(
         default=0, description="the last so many documents are held out: never trained on, read by validation"
     )
@@ -73,6 +72,11 @@ class CorpusConfig(Section):
 class DataConfig(Section):
     tokenizer: Path = Field(description="folder with tokenizer.json, as `llada-data train-tokenizer` writes it")
     sequence_length: PositiveInt
+    block_length: PositiveInt | None = Field(
+        default=None,
+        description="tokens that stay together when a corpus is shuffled: a multiple of every sequence length, fixed "
+        "for the whole run; none: the longest sequence length, the schedule's included",
+    )
     corpora: Annotated[list[CorpusConfig], Field(min_length=1)]
     prefetch: PositiveInt = Field(default=4, description="steps whose batches are made ahead of the training thread")
 
@@ -82,6 +86,8 @@ class DataConfig(Section):
         repeated = next((path for path in paths if paths.count(path) > 1), None)
         if repeated is not None:
             raise problem("corpora", f"{repeated} is listed more than once; give it once, with the sum of the weights")
+        if not any(corpus.weight for corpus in self.corpora):
+            raise problem("corpora", "every weight is 0; at least one corpus has to be trained on")
         return self
 
 
@@ -178,6 +184,11 @@ class ParallelConfig(Section):
         return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     @property
+    def row_multiple(self) -> int:
+        """A row's tokens are a multiple of this: the processes that share its columns take equally many."""
+        return self.context_parallel * (self.tensor_parallel if self.sequence_parallel else 1)
+
+    @property
     def stages(self) -> int:
         """Pieces that the layers are split into, one after the other."""
         return self.pipeline_parallel * self.virtual_pipeline_parallel
@@ -224,6 +235,23 @@ class LoggingConfig(Section):
     interval_steps: PositiveInt = 10
 
 
+class Change(Section):
+    """What changes on the way: from the first step at or after `from_tokens` that begins a block."""
+
+    from_tokens: PositiveInt = Field(description="nominal tokens since the start of the run")
+    global_batch_size: PositiveInt | None = None
+    sequence_length: PositiveInt | None = None
+    weights: dict[Path, NonNegativeFloat] = Field(
+        default={}, description="of corpora by their path; those that are not named keep theirs"
+    )
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> "Change":
+        if self.global_batch_size is None and self.sequence_length is None and not self.weights:
+            raise problem("from_tokens", "nothing changes; give global_batch_size, sequence_length or weights")
+        return self
+
+
 class Config(Section):
     run_dir: Path = Field(description="everything that the run writes: config, logs, checkpoints, TensorBoard")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
@@ -238,6 +266,9 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
+    schedule: list[Change] = Field(
+        default=[], description="changes on the way, in order of from_tokens; a batch ramp is several"
+    )
     parallel: ParallelConfig = ParallelConfig()
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -245,119 +276,20 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
-    def train_samples(self) -> int:
-        """Sequences of the whole run: the learning-rate phases' last end, rounded up to whole steps."""
-        per_step = self.data.sequence_length * self.training.global_batch_size
-        steps = -(-self.optimizer.learning_rate[-1].until_tokens // per_step)
-        return steps * self.training.global_batch_size
+    def lengths(self) -> dict[str, int]:
+        """Every sequence length of the run, by its key."""
+        return {"data.sequence_length": self.data.sequence_length} | self._scheduled("sequence_length")
 
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Every global batch size of the run, by its key."""
+        return {"training.global_batch_size": self.training.global_batch_size} | self._scheduled("global_batch_size")
 
-def cross_section_problems(config: Config) -> list[tuple[str, str]]:
-    """Faults that only two sections together show: (key, message)."""
-    model, parallel, training = config.model, config.parallel, config.training
-    tp, pp, cp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
-    length, found = config.data.sequence_length, []
+    @property
+    def block_length(self) -> int:
+        """`data.block_length`, or what it is if it is left out."""
+        return self.data.block_length or max(self.lengths.values())
 
-    def check(ok: bool, key: str, message: str) -> None:
-        if not ok:
-            found.append((key, message))
-
-    cut = ("num_heads", "num_kv_heads", "ffn_hidden_size", "padded_vocab_size")
-    sizes = {name: getattr(model, name) for name in cut}
-    uneven = [f"model.{name} {size}" for name, size in sizes.items() if size % tp]
-    check(
-        not uneven,
-        "parallel.tensor_parallel",
-        f"{', '.join(uneven)} {'is' if len(uneven) == 1 else 'are'} not divisible by {tp}; "
-        f"it can be {_divisors(math.gcd(*sizes.values()))}",
-    )
-    check(
-        parallel.virtual_pipeline_parallel == 1 or pp > 1,
-        "parallel.virtual_pipeline_parallel",
-        "interleaves the chunks of several pipeline ranks, but pipeline_parallel is 1; raise it or set this to 1",
-    )
-    check(
-        parallel.stages <= model.num_layers,
-        "parallel.pipeline_parallel",
-        f"{pp} × virtual_pipeline_parallel {parallel.virtual_pipeline_parallel} = {parallel.stages} stages, but the "
-        f"model has {model.num_layers} layers; at most that many stages can be",
-    )
-    check(
-        not parallel.sequence_parallel or tp > 1,
-        "parallel.sequence_parallel",
-        "splits the sequence over tensor-parallel ranks, but tensor_parallel is 1; raise it or set this to false",
-    )
-    check(
-        parallel.zero_stage == 1 or pp == 1,
-        "parallel.zero_stage",
-        f"{parallel.zero_stage} splits gradients that pipeline stages still add to; with pipeline_parallel {pp} use "
-        "zero_stage 1, or set pipeline_parallel to 1",
-    )
-    split_evenly = length % cp == 0
-    check(
-        split_evenly,
-        "parallel.context_parallel",
-        f"data.sequence_length {length} is not divisible by {cp}; it can be {_divisors(length)}",
-    )
-    check(
-        not parallel.sequence_parallel or not split_evenly or length // cp % tp == 0,
-        "parallel.sequence_parallel",
-        f"data.sequence_length {length}{f' ÷ context_parallel {cp}' if cp > 1 else ''} is not divisible by "
-        f"tensor_parallel {tp}; make the length a multiple of {cp * tp}, or set this to false",
-    )
-    check(
-        length <= model.max_sequence_length,
-        "data.sequence_length",
-        f"{length} is more than model.max_sequence_length {model.max_sequence_length}; lower it, or raise that",
-    )
-    check(
-        training.global_batch_size % training.micro_batch_size == 0,
-        "training.global_batch_size",
-        f"{training.global_batch_size} is not divisible by training.micro_batch_size {training.micro_batch_size}; "
-        f"it can be {-(-training.global_batch_size // training.micro_batch_size) * training.micro_batch_size}",
-    )
-    return found
-
-
-def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
-    """Faults of the layout on `world_size` processes, with the sum done: (key, message)."""
-    parallel, training = config.parallel, config.training
-    together = parallel.processes_per_row
-    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
-    product = " × ".join(f"{name} {getattr(parallel, name)}" for name in sizes if getattr(parallel, name) > 1)
-    if world_size % together:
-        fitting = world_size // together * together or together
-        return [
-            (
-                "parallel",
-                f"{product} takes {together} processes for each row, but {world_size} "
-                f"{'was' if world_size == 1 else 'were'} started; start a multiple of {together} "
-                f"(for example --processes {fitting})",
-            )
-        ]
-    data_parallel = world_size // together
-    rows = training.micro_batch_size * data_parallel * parallel.micro_batch_multiple
-    if training.global_batch_size % rows:
-        fitting = -(-training.global_batch_size // rows) * rows
-        share, rest = divmod(training.global_batch_size, rows // training.micro_batch_size)
-        fits = [m for m in range(1, training.micro_batch_size) if not rest and share % m == 0]
-        smaller = f"set micro_batch_size to {fits[-1]}, or raise this: " if fits else ""
-        interleaved = (
-            f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many "
-            "micro-batches at a time)"
-            if parallel.micro_batch_multiple > 1
-            else ""
-        )
-        return [
-            (
-                "training.global_batch_size",
-                f"{training.global_batch_size} is not a multiple of micro_batch_size {training.micro_batch_size} × "
-                f"data-parallel {data_parallel} ({world_size} processes ÷ {together}){interleaved} = {rows}; "
-                f"{smaller}the next larger one is {fitting}",
-            )
-        ]
-    return []
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+    def _scheduled(self, setting: str) -> dict[str, int]:
+        values = {f"schedule.{i}.{setting}": getattr(change, setting) for i, change in enumerate(self.schedule)}
+        return {key: value for key, value in values.items() if value is not None}

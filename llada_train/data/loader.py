@@ -12,6 +12,7 @@ import torch
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch, Segments
 from llada_train.data.rows import PretrainingData
+from llada_train.data.tokenizer import Tokenizer
 from llada_train.objective.forward_process import Noise, training_noise, validation_noise
 
 MASKED_MULTIPLE = 256  # few different K keep kernels and allocator blocks few
@@ -110,12 +111,12 @@ class TrainingLoader:
         self._data = data
         self._config = config
         self._place = place
-        rows = config.training.global_batch_size // place.data_parallel_size
-        self._block = range(place.data_parallel_rank * rows, (place.data_parallel_rank + 1) * rows)
 
     def samples(self, first_sample: int) -> range:
         """The places in the run's order of the rows that this process reads of the global batch at `first_sample`."""
-        return range(first_sample + self._block.start, first_sample + self._block.stop)
+        rows = self._data.timeline.phase(first_sample).global_batch_size // self._place.data_parallel_size
+        first = first_sample + self._place.data_parallel_rank * rows
+        return range(first, first + rows)
 
     def global_batch(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that starts at `first_sample`.
@@ -124,26 +125,24 @@ class TrainingLoader:
         tokens and masks only of this rank's rows.
         """
         config, data = self._config, self._data
-        size = config.training.global_batch_size
-        noise = training_noise(config.seed, first_sample, size, data.sequence_length, config.objective)
-        tokens = data.training_rows(self.samples(first_sample))
-        rows = [_row(t, noise, i) for t, i in zip(tokens, self._block, strict=True)]
-        return _micro_batches(rows, data, config, self._place)
+        phase, samples = data.timeline.phase(first_sample), self.samples(first_sample)
+        size, length = phase.global_batch_size, phase.sequence_length
+        noise = training_noise(config.seed, first_sample, size, length, config.objective)
+        tokens = data.training_rows(samples)
+        rows = [_row(t, noise, g - first_sample) for t, g in zip(tokens, samples, strict=True)]
+        return _micro_batches(rows, length, data.tokenizer, config, self._place)
 
     def iterate(
         self, consumed_samples: int, until_samples: int, passed_over: Sequence[tuple[int, int]] = ()
     ) -> Generator[GlobalBatch, None, None]:
-        """The global batches that start at consumed_samples, consumed_samples + N, … before until_samples.
+        """The global batches of the steps from the one that starts at consumed_samples to before until_samples.
 
         Those that start in a range [first, end) of `passed_over` are left out. A background thread keeps data.prefetch
         of them ready. What it raises is raised here, at the batch concerned. Closing the iterator stops the thread.
         """
-        size = self._config.training.global_batch_size
-        starts = (
-            sample
-            for sample in range(consumed_samples, until_samples, size)
-            if next_sample(sample, passed_over) == sample
-        )
+        timeline = self._data.timeline
+        steps = timeline.steps(consumed_samples, until_samples)
+        starts = (sample for sample in steps if next_sample(sample, passed_over) == sample)
         # A new thread pins memory for device 0, whatever the process's device is.
         on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
         executor = ThreadPoolExecutor(1, "loader", *on_device)
@@ -155,7 +154,7 @@ class TrainingLoader:
                 first_sample, made = ready.popleft()
                 batches = made.result()
                 ready.extend((s, executor.submit(self.global_batch, s)) for s in islice(starts, 1))
-                yield GlobalBatch(first_sample, first_sample + size, batches)
+                yield GlobalBatch(first_sample, first_sample + timeline.phase(first_sample).global_batch_size, batches)
         finally:
             executor.shutdown(cancel_futures=True)
 
@@ -179,7 +178,7 @@ def validation_batches(data: PretrainingData, config: Config, place: Place = ALO
         else Row(FILLER, filler, no_mask, mask_probability=1, loss_weight=0)
         for i in indices
     ]
-    return _micro_batches(rows, data, config, place)
+    return _micro_batches(rows, data.sequence_length, data.tokenizer, config, place)
 
 
 def _row(tokens: np.ndarray, noise: Noise, i: int) -> Row:
@@ -192,10 +191,12 @@ def _row(tokens: np.ndarray, noise: Noise, i: int) -> Row:
     )
 
 
-def _micro_batches(rows: list[Row], data: PretrainingData, config: Config, place: Place) -> list[Batch]:
-    size, tokenizer = config.training.micro_batch_size, data.tokenizer
+def _micro_batches(
+    rows: list[Row], sequence_length: int, tokenizer: Tokenizer, config: Config, place: Place
+) -> list[Batch]:
+    size = config.training.micro_batch_size
     batches = [
-        collate(rows[i : i + size], data.sequence_length, tokenizer.mask_id, tokenizer.eos_id, place)
+        collate(rows[i : i + size], sequence_length, tokenizer.mask_id, tokenizer.eos_id, place)
         for i in range(0, len(rows), size)
     ]
     return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches

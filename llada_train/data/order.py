@@ -1,4 +1,4 @@
-"""The run's global order in closed form: sample g → (corpus, epoch, row). Nothing to build, save or restore."""
+"""The run's order of blocks in closed form: block → (corpus, epoch, block). Nothing to build, save or restore."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -61,23 +61,23 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Mixture:
     """Interleaves corpora by weight, without state.
 
-    The weights are rounded to k_c / 2^16, each k_c at least 1, and K = Σ k_c samples make one period, in which corpus c
-    comes exactly k_c times, its j-th time at the place (j + ½) / k_c of the period.
+    The weights are rounded to k_c / 2^16, each k_c at least 1 (0 for a weight of 0), and K = Σ k_c blocks make one
+    period, in which corpus c comes exactly k_c times, its j-th time at the place (j + ½) / k_c of the period.
 
-    Any prefix of n samples holds n·w_c samples of corpus c within ½ + ½·w_c·max(0, C − 2), with w_c = k_c / K and C
-    corpora. For at the place x corpus c has come k_c·x + e_c times, |e_c| ≤ ½, and n = K·x + Σ e, so the distance is
-    |e_c − w_c·Σ e| ≤ ½·(1 − w_c) + ½·w_c·(C − 1).
+    Any prefix of n blocks holds n·w_c blocks of corpus c within ½ + ½·w_c·max(0, C − 2), with w_c = k_c / K and C
+    corpora of weight. For at the place x corpus c has come k_c·x + e_c times, |e_c| ≤ ½, and n = K·x + Σ e, so the
+    distance is |e_c − w_c·Σ e| ≤ ½·(1 − w_c) + ½·w_c·(C − 1).
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         """
         Raises:
-            ValueError: no weights, or one that is not positive and finite.
+            ValueError: no weights, all 0, or one that is negative or not finite.
         """
         shares = np.asarray(weights, dtype=np.float64)
-        if not shares.size or not np.all(np.isfinite(shares)) or shares.min() <= 0:
-            raise ValueError(f"weights must be positive: {list(weights)}")
-        self.counts = np.maximum(1, np.rint(shares / shares.sum() * QUANTA)).astype(np.int64)  # k_c
+        if not np.all(np.isfinite(shares)) or shares.min(initial=0) < 0 or not shares.any():
+            raise ValueError(f"weights must be finite, none below and one above 0: {list(weights)}")
+        self.counts = np.maximum(shares > 0, np.rint(shares / shares.sum() * QUANTA)).astype(np.int64)  # k_c
         corpus = np.repeat(np.arange(len(self.counts)), self.counts)
         rank = np.concatenate([np.arange(count) for count in self.counts])
         # Equal fractions are equal floats, division being correctly rounded: ties go to the earlier corpus everywhere.
@@ -85,44 +85,65 @@ class Mixture:
         self._corpus, self._rank = corpus[places], rank[places]
 
     def locate(self, g: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-        """Samples g [n] → (the corpus of each, the how-manieth sample of that corpus it is), both int64 [n]."""
+        """Blocks g [n] → (the corpus of each, the how-manieth block of that corpus it is), both int64 [n]."""
         period, r = np.divmod(np.asarray(g, dtype=np.int64), len(self._corpus))
         corpus = self._corpus[r]
         return corpus, period * self.counts[corpus] + self._rank[r]
 
+    def counts_before(self, n: int) -> np.ndarray:
+        """Blocks of each corpus among the first n: int64 [corpora]."""
+        periods, rest = divmod(n, len(self._corpus))
+        return periods * self.counts + np.bincount(self._corpus[:rest], minlength=len(self.counts))
 
-class RowIndex(NamedTuple):
-    """Which row each sample is: int64 arrays of one shape."""
+
+class BlockIndex(NamedTuple):
+    """Which block of a corpus each block of the run is: int64 arrays of one shape."""
 
     corpus: np.ndarray
     epoch: np.ndarray
-    row: np.ndarray
+    block: np.ndarray
 
 
 class Order:
-    """The global order of a run: a mixture of corpora, each in a new order every epoch."""
+    """The global order of a run's blocks: a mixture of corpora, each in a new order every epoch.
 
-    def __init__(self, rows_per_corpus: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        """`weights` are shares of the samples (rows), not of the epochs.
+    Where the weights change, each corpus goes on where it was: within one (corpus, epoch) every block comes exactly
+    once, whatever the weights.
+    """
+
+    def __init__(
+        self, blocks_per_corpus: Sequence[int], mixtures: Sequence[tuple[int, Sequence[float]]], seed: int
+    ) -> None:
+        """`mixtures`: from which block on (the first: 0) which weights hold; shares of the blocks, not of the epochs.
 
         Raises:
-            ValueError: a corpus without rows, or not as many weights as corpora.
+            ValueError: a corpus without blocks, not as many weights as corpora, or mixtures out of order.
         """
-        if len(rows_per_corpus) != len(weights) or min(rows_per_corpus, default=0) < 1:
-            raise ValueError(f"corpora of {list(rows_per_corpus)} rows with weights {list(weights)}")
-        self.rows_per_corpus = np.asarray(rows_per_corpus, dtype=np.int64)
-        self.mixture = Mixture(weights)
-        self.seed = seed
+        sizes = list(blocks_per_corpus)
+        if min(sizes, default=0) < 1 or any(len(weights) != len(sizes) for _, weights in mixtures):
+            raise ValueError(f"corpora of {sizes} blocks with weights {[list(weights) for _, weights in mixtures]}")
+        starts = [first for first, _ in mixtures]
+        if starts[:1] != [0] or sorted(set(starts)) != starts:
+            raise ValueError(f"mixtures from blocks {starts}: not in order from 0")
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        self._starts = np.asarray(starts, dtype=np.int64)
+        self._mixtures = [Mixture(weights) for _, weights in mixtures]
+        spans = np.diff(self._starts).tolist()
+        counts = [mixture.counts_before(span) for mixture, span in zip(self._mixtures, spans, strict=False)]
+        self._before = np.cumsum([np.zeros_like(self._sizes), *counts], axis=0)  # [mixtures, corpora]
+        self._seed = seed
 
-    def locate(self, g: npt.ArrayLike) -> RowIndex:
-        """Samples g [n] → the row that each one is, by (corpus, epoch, row within the corpus).
-
-        Within one (corpus, epoch) every row comes exactly once.
-        """
-        corpus, n = self.mixture.locate(g)
-        epoch, place = np.divmod(n, self.rows_per_corpus[corpus])
-        row = np.empty_like(place)
+    def locate(self, blocks: npt.ArrayLike) -> BlockIndex:
+        """Blocks of the run [n] → the block that each one is, by (corpus, epoch, block within the corpus)."""
+        index = np.asarray(blocks, dtype=np.int64)
+        number = np.searchsorted(self._starts, index, side="right") - 1
+        corpus, n = np.empty_like(index), np.empty_like(index)
+        for m in np.unique(number).tolist():
+            here = number == m
+            corpus[here], n[here] = self._mixtures[m].locate(index[here] - self._starts[m])
+        epoch, place = np.divmod(n + self._before[number, corpus], self._sizes[corpus])
+        block = np.empty_like(place)
         for c, e in np.unique(np.stack([corpus, epoch]).reshape(2, -1), axis=1).T.tolist():
             here = (corpus == c) & (epoch == e)
-            row[here] = permute(place[here], int(self.rows_per_corpus[c]), self.seed, (c, e))
-        return RowIndex(corpus, epoch, row)
+            block[here] = permute(place[here], int(self._sizes[c]), self._seed, (c, e))
+        return BlockIndex(corpus, epoch, block)

@@ -13,7 +13,7 @@ from llada_train.evaluation.baselines import bigram_cross_entropy, bits_per_byte
 from llada_train.evaluation.bound import variational_bound
 
 COUNTED_TOKENS = 50_000_000  # the bigram model is counted on so many training tokens at most
-_CHUNK_ROWS = 1024
+_CHUNK_BLOCKS = 1024
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def held_out_report(
 
 
 def _training_rows(data: PretrainingData) -> Iterator[np.ndarray]:
-    """One epoch's worth of the run's first samples, up to COUNTED_TOKENS."""
-    count = min(sum(data.rows_per_corpus), COUNTED_TOKENS // data.sequence_length)
-    for start in range(0, count, _CHUNK_ROWS):
-        yield data.training_rows(np.arange(start, min(start + _CHUNK_ROWS, count)))
+    """One epoch's worth of the run's first blocks, up to COUNTED_TOKENS."""
+    count = min(sum(data.blocks_per_corpus), COUNTED_TOKENS // data.block_length)
+    for start in range(0, count, _CHUNK_BLOCKS):
+        yield data.training_blocks(np.arange(start, min(start + _CHUNK_BLOCKS, count)))

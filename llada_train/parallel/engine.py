@@ -43,7 +43,7 @@ class Losses:
     """What one global batch cost, summed over all micro-batches and ranks; equal on every rank."""
 
     loss: float  # Σ weight·NLL: nats per token
-    bucket_losses: Tensor  # [T_BUCKETS] the part of `loss` from rows in each tenth of the mask probability
+    bucket_losses: Tensor  # [T_BUCKETS] Σ of the rows' own bounds (nats per token), by tenths of the mask probability
     bucket_rows: Tensor  # [T_BUCKETS] rows in it
 
     @classmethod
@@ -56,11 +56,10 @@ class Losses:
             self.loss + other.loss, self.bucket_losses + other.bucket_losses, self.bucket_rows + other.bucket_rows
         )
 
-    def bound_by_t(self, batches: int = 1) -> list[float | None]:
-        """Mean bound (nats per token) of the rows in each tenth, over so many added batches; None: there was no row."""
-        rows = self.bucket_rows.sum() / batches  # a row's bound is its part of the loss × the rows of its global batch
+    def bound_by_t(self) -> list[float | None]:
+        """Mean bound (nats per token) of the rows in each tenth; None: there was no row."""
         return [
-            float(loss * rows / count) if count else None
+            float(loss / count) if count else None
             for loss, count in zip(self.bucket_losses, self.bucket_rows, strict=True)
         ]
 
@@ -232,7 +231,7 @@ class Engine:
                 data_iterator=[iter(batches) for _ in stages],
                 model=stages,
                 num_microbatches=len(batches),
-                seq_length=self.config.data.sequence_length,
+                seq_length=batches[0].input_ids.shape[1] * self.config.parallel.context_parallel,
                 micro_batch_size=len(batches[0].input_ids),
                 forward_only=forward_only,
             )
@@ -241,7 +240,8 @@ class Engine:
             total += torch.stack([report["sums"] for report in reports]).sum(dim=0)
         dist.all_reduce(total)
         loss, sums, counts = total.cpu().split([1, T_BUCKETS, T_BUCKETS])
-        return Losses(float(loss), sums, counts)
+        # A row's own bound is its part of the loss × the rows of its global batch.
+        return Losses(float(loss), sums * counts.sum(), counts)
 
     def _forward_step(self, batch: Batch, module: Any, stage: Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

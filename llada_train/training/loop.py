@@ -14,6 +14,7 @@ from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
 from llada_train.data.loader import GlobalBatch, TrainingLoader, next_sample
+from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import Engine, Losses, Step
 from llada_train.parallel.topology import any_rank
@@ -30,12 +31,16 @@ class _Interval:
     """What happened since the last line of the log."""
 
     steps: int = 0
+    tokens: int = 0  # nominal
+    flops: float = 0.0
     seconds: float = 0.0  # of the steps alone, without validation and checkpoints between them
     losses: Losses = field(default_factory=Losses.none)
     data_wait: float = 0.0
 
-    def add(self, losses: Losses, seconds: float, data_wait: float) -> None:
+    def add(self, losses: Losses, tokens: int, flops: float, seconds: float, data_wait: float) -> None:
         self.steps += 1
+        self.tokens += tokens
+        self.flops += flops
         self.seconds += seconds
         self.losses = self.losses + losses
         self.data_wait += data_wait
@@ -53,6 +58,7 @@ class Trainer:
         config: Config,
         engine: Engine,
         loader: TrainingLoader,
+        timeline: Timeline,
         validation: list[Batch],
         run: RunFolder,
         writer: CheckpointWriter,
@@ -63,7 +69,7 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.run, self.writer, self.log, self.stop, self.watchdog = run, writer, log, stop, watchdog
-        self.progress = progress
+        self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
 
     def train(self) -> bool:
@@ -86,7 +92,7 @@ class Trainer:
 
     def _train(self) -> _Outcome:
         config, interval = self.config, _Interval()
-        steps = self.loader.iterate(self.progress.consumed_samples, config.train_samples, self.guard.state.passed_over)
+        steps = self.loader.iterate(self.progress.consumed_samples, self.end_samples, self.guard.state.passed_over)
         with closing(steps):
             while not self._complete():
                 self.watchdog.beat(f"step {self.progress.step + 1}")
@@ -94,14 +100,14 @@ class Trainer:
                 with self.engine.topology.failing_together():
                     batch = next(steps)
                 data_wait = time.perf_counter() - started
-                rate = learning_rate(
-                    config.optimizer.learning_rate, self._tokens(batch.first_sample), self._tokens_per_step()
-                )
+                phase, tokens = self.timeline.phase(batch.first_sample), self.timeline.tokens(batch.first_sample)
+                rate = learning_rate(config.optimizer.learning_rate, tokens, phase.tokens_per_step)
                 step = self.engine.train_step(batch.batches, rate, self.guard.accepts, self._step_to_check())
                 if self._too_many_refused(batch, step):
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
-                    interval.add(step.losses, time.perf_counter() - started, data_wait)
+                    flops = phase.tokens_per_step * flops_per_token(config.model, phase.sequence_length)
+                    interval.add(step.losses, phase.tokens_per_step, flops, time.perf_counter() - started, data_wait)
                 device = self.engine.topology.device
                 stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
                 if self.writer.pending and not writing:
@@ -128,7 +134,12 @@ class Trainer:
             too_many = self.guard.skipped(batch.first_sample)
             if self.log is not None:
                 self.log.skipped(step=number, consumed_samples=batch.end_sample, reason=str(reason))
-        self.progress = Progress(step=number, consumed_samples=batch.end_sample, guard=self.guard.state)
+        self.progress = Progress(
+            step=number,
+            consumed_samples=batch.end_sample,
+            phases=self.timeline.begun(batch.end_sample),
+            guard=self.guard.state,
+        )
         return too_many
 
     def _go_back(self) -> None:
@@ -161,18 +172,15 @@ class Trainer:
 
     def _complete(self) -> bool:
         consumed = next_sample(self.progress.consumed_samples, self.guard.state.passed_over)
-        return consumed >= self.config.train_samples
+        return consumed >= self.end_samples
 
     def _due(self, interval_steps: int) -> bool:
         """Every so many steps, and at the end of the run."""
         return self.progress.step % interval_steps == 0 or self._complete()
 
-    def _tokens(self, samples: int) -> int:
-        """Nominal tokens of so many samples: the clock of the learning-rate phases."""
-        return samples * self.config.data.sequence_length
-
-    def _tokens_per_step(self) -> int:
-        return self.config.training.global_batch_size * self.config.data.sequence_length
+    def _tokens(self) -> int:
+        """Nominal tokens so far."""
+        return self.timeline.tokens(self.progress.consumed_samples)
 
     def _step_to_check(self) -> int | None:
         """The number of the step to come, if the ranks are to compare their copies of the parameters in it."""
@@ -182,20 +190,18 @@ class Trainer:
     def _report(self, interval: _Interval, rate: float, gradient_norm: float) -> None:
         if self.log is None:
             return
-        tokens_per_second = interval.steps * self._tokens_per_step() / interval.seconds
-        flops = flops_per_token(self.config.model, self.config.data.sequence_length)
         self.log.train(
             step=self.progress.step,
             consumed_samples=self.progress.consumed_samples,
-            tokens=self._tokens(self.progress.consumed_samples),
+            tokens=self._tokens(),
             loss=interval.losses.loss / interval.steps,
             learning_rate=rate,
             grad_norm=gradient_norm,
-            tokens_per_second=tokens_per_second,
-            model_flops_per_second=tokens_per_second * flops,
+            tokens_per_second=interval.tokens / interval.seconds,
+            model_flops_per_second=interval.flops / interval.seconds,
             data_wait_seconds=interval.data_wait / interval.steps,
             step_seconds=interval.seconds / interval.steps,
-            nelbo_by_t=interval.losses.bound_by_t(interval.steps),
+            nelbo_by_t=interval.losses.bound_by_t(),
         )
 
     def _validate(self) -> None:
@@ -211,7 +217,7 @@ class Trainer:
         if self.log is not None:
             self.log.validation(
                 step=self.progress.step,
-                tokens=self._tokens(self.progress.consumed_samples),
+                tokens=self._tokens(),
                 bound=losses.loss,
                 bound_by_t=losses.bound_by_t(),
             )

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,14 +35,16 @@ class MetricsLog:
     read-only) is told on stderr and ends no run.
     """
 
-    def __init__(self, run_dir: Path, resumed_step: int, config: Config, console: Console | None = None) -> None:
+    def __init__(self, run_dir: Path, resumed_step: int, end_tokens: int, console: Console | None = None) -> None:
         """Open the logs of `run_dir`. What they hold beyond `resumed_step` (0: all) is dropped, since it comes again.
+
+        `end_tokens`: nominal tokens of the whole run, to tell how much is left.
 
         Raises:
             UserError: metrics.jsonl holds something else than metrics, or the logs cannot be written.
         """
         self._run_dir = run_dir
-        self._last_tokens = config.train_samples * config.data.sequence_length
+        self._end_tokens = end_tokens
         self._console = console or Console(highlight=False)
         self._open(resumed_step)
 
@@ -95,7 +96,7 @@ class MetricsLog:
         self._scalars("train", step, values)
         self._scalars("speed", step, rates)
         self._scalars("train_nelbo_by_t", step, _by_t(nelbo_by_t))
-        left = timedelta(seconds=round(max(0, self._last_tokens - tokens) / tokens_per_second))
+        left = timedelta(seconds=round(max(0, self._end_tokens - tokens) / tokens_per_second))
         self._tell(
             f"[bold]step {step:>7,}[/]  tokens {_short(tokens):>6}  loss [bold]{loss:7.4f}[/]  lr {learning_rate:.2e}  "
             f"grad norm {grad_norm:6.3f}  {_short(tokens_per_second):>6} tokens/s  {left} left"

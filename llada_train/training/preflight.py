@@ -23,14 +23,16 @@ class Inputs:
     run: RunFolder
 
 
-def open_inputs(config_file: Path, overrides: Sequence[str], world_size: int) -> Inputs:
+def open_inputs(
+    config_file: Path, overrides: Sequence[str], world_size: int, accept_config_changes: bool = False
+) -> Inputs:
     """Open everything that the config names; nothing is written.
 
     Raises:
         UserError: config, data, tokenizer, run folder or `init_from` are at fault.
     """
     config = load_config(config_file, overrides, world_size)
-    inputs = Inputs(config, PretrainingData(config), RunFolder(config))
+    inputs = Inputs(config, PretrainingData(config), RunFolder(config, accept_config_changes))
     read_metrics(config.run_dir)
     if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
         _check_checkpoint(config.init_from, config.model)

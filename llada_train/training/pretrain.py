@@ -13,6 +13,7 @@ from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation_batches
+from llada_train.data.timeline import Timeline
 from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
@@ -20,6 +21,7 @@ from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plot_curves, warn
 from llada_train.training.preflight import Inputs
+from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
 
@@ -35,6 +37,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
     config, data, run = inputs.config, inputs.data, inputs.run
     if topology.rank() == 0:
         run.prepare()
+        run.record_changes()
     if config.training.deterministic:
         topology.make_deterministic()
     watchdog.beat("joining the other processes")
@@ -44,14 +47,17 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
         watchdog.beat("building the model")
         engine = Engine(config, here)
         watchdog.beat("reading its weights")
-        progress = _restore(run.checkpoints, engine)
+        progress = _restore(run, engine)
         writer = CheckpointWriter(run.checkpoints, engine)
+        timeline = Timeline(config, progress.phases, progress.consumed_samples)
+        end_tokens = timeline.tokens(timeline.end_samples)
         with here.failing_together():
-            log = MetricsLog(run.path, progress.step, config) if here.is_main else None
+            log = MetricsLog(run.path, progress.step, end_tokens) if here.is_main else None
         trainer = Trainer(
             config=config,
             engine=engine,
-            loader=TrainingLoader(data, config, here.place),
+            loader=TrainingLoader(data.at(timeline), config, here.place),
+            timeline=timeline,
             validation=validation_batches(data, config, here.place),
             run=run,
             writer=writer,
@@ -82,12 +88,14 @@ def _draw_curves(run_dir: Path) -> None:
         warn(f"{run_dir}: the loss curves cannot be drawn: {error.strerror or error}")
 
 
-def _restore(root: Path, engine: Engine) -> Progress:
+def _restore(run: RunFolder, engine: Engine) -> Progress:
     """The newest sound checkpoint of this run; else the weights that `init_from` names; else LLaDA's initialisation."""
-    if (found := load_newest(root, engine)) is not None:
+    if (found := load_newest(run.checkpoints, engine)) is not None:
         folder, progress = found
         if engine.topology.is_main:
             print(f"resuming from {folder} at step {progress.step:,}")
+            for change in run.accepted_changes:
+                print(f"accepted: {change}")
         return progress
     with _weights(engine.config) as weights:
         engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))

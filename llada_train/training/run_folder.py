@@ -1,39 +1,29 @@
 """The run folder: one run's config, logs and checkpoints, and the check that it is this run's."""
 
 import fcntl
+import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from llada_train.checkpoint.manifest import Manifest
 from llada_train.checkpoint.store import FOLDER, newest_manifest
 from llada_train.config.errors import UserError
-from llada_train.config.load import differences, save_config
+from llada_train.config.load import save_config
 from llada_train.config.schema import Config
+from llada_train.training.changes import config_changes
 
 CONFIG_FILE = "config.yaml"
-
-# What a run has done so far does not depend on these; everything else must stay as the run began. The learning rate to
-# come is the user's: LLaDA's authors lowered it at a checkpoint when the loss was not finite (paper §2.2).
-_FREE = (
-    "run_dir",
-    "resume",
-    "init_from",
-    "training.micro_batch_size",
-    "training.recompute",
-    "training.deterministic",
-    "training.hang_timeout_seconds",
-    "training.replica_check_interval_steps",
-    "data.prefetch",
-)
-_FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "guard.", "checkpoint.", "validation.", "logging.")
+CHANGES_FILE = "config_changes.jsonl"
 
 
 class RunFolder:
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, accept_config_changes: bool = False) -> None:
         """Look at the folder, whether it exists or not; nothing is written.
 
         Raises:
-            UserError: it belongs to a run with another config, is used although resume is never, or has checkpoints but
-                none with a sound manifest.
+            UserError: it belongs to a run with another config, and the changes are not accepted or cannot be; it is
+                used although resume is never; or it has checkpoints but none with a sound manifest.
         """
         self._config = config
         self.path = config.run_dir
@@ -41,6 +31,7 @@ class RunFolder:
         self._stored = self.path / CONFIG_FILE
         found = newest_manifest(self.checkpoints)
         self.used = found is not None
+        self.accepted_changes: list[str] = []
         if found is not None:
             folder, manifest = found
             if config.resume == "never":
@@ -48,14 +39,18 @@ class RunFolder:
                     f"{self.path}: holds a run already (newest checkpoint: {folder.name}) and resume is 'never'; "
                     "give another run_dir, or resume=auto to go on with it"
                 )
-            changed = [line for line in differences(manifest.config, config) if not _free(line)]
-            if changed:
-                raise UserError(
-                    "\n  ".join(
-                        [f"{self.path}: belongs to a run with another config (stored there → given now):", *changed]
-                    )
-                    + "\ngive another run_dir, or the run's own settings"
-                )
+            self._check_config(manifest, accept_config_changes)
+
+    def _check_config(self, manifest: Manifest, accept: bool) -> None:
+        self._progress = manifest.progress
+        changes = config_changes(manifest.config, manifest.progress, self._config)
+        if changes.impossible or (changes.possible and not accept):
+            remedy = "give another run_dir, or the run's own settings"
+            if not changes.impossible:
+                remedy = f"{changes.hint}give --accept-config-changes to go on with these settings; or {remedy}"
+            heading = f"{self.path}: belongs to a run with another config (stored there → given now):"
+            raise UserError("\n  ".join([heading, *changes.impossible, *changes.possible]) + f"\n{remedy}")
+        self.accepted_changes = list(changes.possible)
 
     def prepare(self) -> None:
         """Make the folder, keep other runs out of it and write the resolved config into it; on one process.
@@ -70,14 +65,42 @@ class RunFolder:
             save_config(self._config, temporary)
             temporary.replace(self._stored)
         except OSError as error:
-            raise UserError(
-                f"run_dir {self.path}: cannot be written: {error.strerror or error}; "
-                "give a folder that this user may write to (run_dir=…)"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def record_changes(self) -> None:
+        """Note down the accepted changes of config, once; on one process that holds the lock.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self.accepted_changes:
+            return
+        record = {
+            "step": self._progress.step,
+            "consumed_samples": self._progress.consumed_samples,
+            "changes": self.accepted_changes,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        path = self.path / CHANGES_FILE
+        line = json.dumps(record, ensure_ascii=False)
+        try:
+            known = path.read_text(encoding="utf-8") if path.exists() else ""
+            # A run that was killed before its next checkpoint goes on from the same one again: only the date differs.
+            if line.partition(', "date"')[0] not in known:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def release(self) -> None:
         """Let another process have the folder; without this, until this process ends, however it ends."""
         self._lock.close()
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"run_dir {self.path}: cannot be written: {error.strerror or error}; "
+            "give a folder that this user may write to (run_dir=…)"
+        )
 
 
 def lock(run: Path) -> IO[str]:
@@ -94,8 +117,3 @@ def lock(run: Path) -> IO[str]:
     except OSError as error:
         raise UserError(f"{run}: cannot be locked against other runs: {error.strerror}") from None
     return file
-
-
-def _free(line: str) -> bool:
-    key = line.partition(":")[0]
-    return key in _FREE or key.startswith(_FREE_SECTIONS)

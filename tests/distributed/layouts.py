@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llada_train.config.schema import Config, check_world_size, cross_section_problems
+from llada_train.config.rules import check_world_size, cross_section_problems
+from llada_train.config.schema import Config
 
 GLOBAL_BATCH_SIZE = 48
 # If a few tokens weigh very much, bf16 gradient norms scatter by more than 2e-3, however one process splits its batch:

@@ -9,7 +9,8 @@ from ruamel.yaml import YAML
 
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
-from llada_train.config.schema import Config, check_world_size, cross_section_problems
+from llada_train.config.rules import check_world_size, cross_section_problems
+from llada_train.config.schema import Config
 
 GOOD = """\
 run_dir: runs/x

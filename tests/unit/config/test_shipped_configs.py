@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from llada_train.config.load import load_config
+from llada_train.data.timeline import Timeline
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -23,7 +24,7 @@ def test_the_8b_recipe_is_the_papers() -> None:
     tokens_per_step = config.training.global_batch_size * config.data.sequence_length
     assert tokens_per_step == 5_242_880
     assert config.optimizer.learning_rate[0].until_tokens == 2000 * tokens_per_step
-    assert config.train_samples // config.training.global_batch_size == 438_691  # 2.3T tokens, whole steps
+    assert Timeline(config).end_samples // config.training.global_batch_size == 438_691  # 2.3T tokens, whole steps
     assert sum(corpus.weight for corpus in config.data.corpora) == pytest.approx(1)
 
 

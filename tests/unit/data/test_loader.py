@@ -285,7 +285,7 @@ def test_a_row_gets_other_noise_in_the_next_epoch(config_of: Callable[..., Confi
     config = config_of(objective={"random_length_probability": 0})
     data = PretrainingData(config)
     loader = TrainingLoader(data, config)
-    epoch = data.rows_per_corpus[0]
+    epoch = data.blocks_per_corpus[0]  # of one row each
     noised: dict[bytes, list[tuple[float, bytes]]] = {}
     for first in range(0, 2 * epoch, N):
         for batch in loader.global_batch(first):

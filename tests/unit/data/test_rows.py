@@ -39,7 +39,7 @@ def opened(make_config: Callable[..., Path]) -> Callable[..., PretrainingData]:
 def test_an_epoch_is_the_stream_cut_into_rows(opened: Callable[..., PretrainingData], tmp_path: Path) -> None:
     stream = np.arange(100)  # 12 rows of 8; 4 tokens are left out
     data = opened([{"path": write(tmp_path / "c", [stream[:3], stream[3:3], stream[3:50], stream[50:]])}])
-    assert data.rows_per_corpus == [12]
+    assert data.blocks_per_corpus == [12]
     first, second = (data.training_rows(np.arange(12) + 12 * epoch) for epoch in (0, 1))
     assert first.dtype == np.int64
     for rows in (first, second):
@@ -83,7 +83,7 @@ def test_held_out_documents_are_never_trained_on(
             PretrainingData(config)
         return
     data = PretrainingData(config)
-    assert data.rows_per_corpus == [training // S]
+    assert data.blocks_per_corpus == [training // S]
     assert np.all(data.training_rows(np.arange(3 * (training // S))) == 1)
     assert data.validation_rows.shape == (min(8, validation // S), S)
     assert np.all(data.validation_rows == 2)

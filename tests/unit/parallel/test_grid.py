@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -24,6 +25,7 @@ from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.loader import Place, Row, TrainingLoader, collate
 from llada_train.data.rows import PretrainingData
+from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import parameter_count, tensor_specs
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import Shard, shards
@@ -62,7 +64,8 @@ def process(config: Config, rank: int, world_size: int = WORLD_SIZE) -> Process:
         with torch.device("meta"):
             model = LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
         pipeline = parallel_state.get_pipeline_model_parallel_rank()
-        loader = TrainingLoader(cast(PretrainingData, None), config, place)  # which samples: asks no data
+        untold = cast(PretrainingData, SimpleNamespace(timeline=Timeline(config)))  # which samples: asks for no tokens
+        loader = TrainingLoader(untold, config, place)
         return Process(
             tensor=parallel_state.get_tensor_model_parallel_rank(),
             pipeline=pipeline,

@@ -1,0 +1,158 @@
+"""The rules that tie the settings of several sections together, and to the processes that are started.
+
+Each fault is (key, message); the key says where it can be mended.
+"""
+
+import math
+
+from llada_train.config.schema import Config
+
+
+def cross_section_problems(config: Config) -> list[tuple[str, str]]:
+    """Faults that only two sections together show: (key, message)."""
+    model, parallel, training = config.model, config.parallel, config.training
+    tp, pp, cp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
+    length, found = config.data.sequence_length, []
+
+    def check(ok: bool, key: str, message: str) -> None:
+        if not ok:
+            found.append((key, message))
+
+    cut = ("num_heads", "num_kv_heads", "ffn_hidden_size", "padded_vocab_size")
+    sizes = {name: getattr(model, name) for name in cut}
+    uneven = [f"model.{name} {size}" for name, size in sizes.items() if size % tp]
+    check(
+        not uneven,
+        "parallel.tensor_parallel",
+        f"{', '.join(uneven)} {'is' if len(uneven) == 1 else 'are'} not divisible by {tp}; "
+        f"it can be {_divisors(math.gcd(*sizes.values()))}",
+    )
+    check(
+        parallel.virtual_pipeline_parallel == 1 or pp > 1,
+        "parallel.virtual_pipeline_parallel",
+        "interleaves the chunks of several pipeline ranks, but pipeline_parallel is 1; raise it or set this to 1",
+    )
+    check(
+        parallel.stages <= model.num_layers,
+        "parallel.pipeline_parallel",
+        f"{pp} × virtual_pipeline_parallel {parallel.virtual_pipeline_parallel} = {parallel.stages} stages, but the "
+        f"model has {model.num_layers} layers; at most that many stages can be",
+    )
+    check(
+        not parallel.sequence_parallel or tp > 1,
+        "parallel.sequence_parallel",
+        "splits the sequence over tensor-parallel ranks, but tensor_parallel is 1; raise it or set this to false",
+    )
+    check(
+        parallel.zero_stage == 1 or pp == 1,
+        "parallel.zero_stage",
+        f"{parallel.zero_stage} splits gradients that pipeline stages still add to; with pipeline_parallel {pp} use "
+        "zero_stage 1, or set pipeline_parallel to 1",
+    )
+    split_evenly = length % cp == 0
+    check(
+        split_evenly,
+        "parallel.context_parallel",
+        f"data.sequence_length {length} is not divisible by {cp}; it can be "
+        f"{_divisors(math.gcd(*config.lengths.values()))}",
+    )
+    check(
+        not parallel.sequence_parallel or not split_evenly or length // cp % tp == 0,
+        "parallel.sequence_parallel",
+        f"data.sequence_length {length}{f' ÷ context_parallel {cp}' if cp > 1 else ''} is not divisible by "
+        f"tensor_parallel {tp}; make the length a multiple of {cp * tp}, or set this to false",
+    )
+    for key, length in config.lengths.items():
+        check(
+            length <= model.max_sequence_length,
+            key,
+            f"{length} is more than model.max_sequence_length {model.max_sequence_length}; lower it, or raise that",
+        )
+    for key, size in config.batch_sizes.items():
+        check(
+            size % training.micro_batch_size == 0,
+            key,
+            f"{size} is not divisible by training.micro_batch_size {training.micro_batch_size}; "
+            f"it can be {-(-size // training.micro_batch_size) * training.micro_batch_size}",
+        )
+    return found + _schedule_problems(config)
+
+
+def _schedule_problems(config: Config) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    parallel, lengths = config.parallel, config.lengths
+    multiple = parallel.row_multiple
+    for key, length in lengths.items():
+        if key.startswith("schedule.") and length % multiple:
+            shared = f"context_parallel {parallel.context_parallel}"
+            if parallel.sequence_parallel:
+                shared += f" × tensor_parallel {parallel.tensor_parallel} (sequence_parallel)"
+            found.append((key, f"{length} is not a multiple of {shared} = {multiple}; make it one"))
+    uneven = [f"{key} {length}" for key, length in lengths.items() if config.block_length % length]
+    if uneven:
+        of = "" if config.data.block_length else ", the longest sequence length (none is given),"
+        found.append(
+            (
+                "data.block_length",
+                f"{config.block_length}{of} is not a multiple of {', '.join(uneven)}; "
+                f"it can be any multiple of {math.lcm(*lengths.values())}",
+            )
+        )
+    weights, before = {corpus.path: corpus.weight for corpus in config.data.corpora}, 0
+    for i, change in enumerate(config.schedule):
+        if change.from_tokens <= before:
+            message = f"{change.from_tokens:,} does not come after the change before, at {before:,}"
+            found.append((f"schedule.{i}.from_tokens", message))
+        before = change.from_tokens
+        unknown = [str(path) for path in change.weights if path not in weights]
+        weights |= {path: weight for path, weight in change.weights.items() if path in weights}
+        if unknown:
+            message = f"{', '.join(unknown)}: not in data.corpora, which lists {', '.join(map(str, weights))}"
+            found.append((f"schedule.{i}.weights", message))
+        elif not any(weights.values()):
+            message = "every weight is 0 from here on; at least one corpus has to be trained on"
+            found.append((f"schedule.{i}.weights", message))
+    return found
+
+
+def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
+    """Faults of the layout on `world_size` processes, with the sum done: (key, message)."""
+    parallel, training = config.parallel, config.training
+    together = parallel.processes_per_row
+    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+    product = " × ".join(f"{name} {getattr(parallel, name)}" for name in sizes if getattr(parallel, name) > 1)
+    if world_size % together:
+        fitting = world_size // together * together or together
+        return [
+            (
+                "parallel",
+                f"{product} takes {together} processes for each row, but {world_size} "
+                f"{'was' if world_size == 1 else 'were'} started; start a multiple of {together} "
+                f"(for example --processes {fitting})",
+            )
+        ]
+    data_parallel = world_size // together
+    rows = training.micro_batch_size * data_parallel * parallel.micro_batch_multiple
+    share, rest = divmod(math.gcd(*config.batch_sizes.values()), rows // training.micro_batch_size)
+    fits = [m for m in range(1, training.micro_batch_size) if not rest and share % m == 0]
+    smaller = f"set micro_batch_size to {fits[-1]}, or raise this: " if fits else ""
+    interleaved = (
+        f" × pipeline_parallel {parallel.pipeline_parallel} (the interleaved schedule takes that many "
+        "micro-batches at a time)"
+        if parallel.micro_batch_multiple > 1
+        else ""
+    )
+    return [
+        (
+            key,
+            f"{size} is not a multiple of micro_batch_size {training.micro_batch_size} × "
+            f"data-parallel {data_parallel} ({world_size} processes ÷ {together}){interleaved} = {rows}; "
+            f"{smaller}the next larger one is {-(-size // rows) * rows}",
+        )
+        for key, size in config.batch_sizes.items()
+        if size % rows
+    ]
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)

@@ -1,0 +1,149 @@
+"""The run's clock in closed form: sample g → nominal tokens, and what is in force there.
+
+A run is a sequence of phases of constant batch size, sequence length and mixture. What the order permutes are blocks of
+`Config.block_length` tokens; a sequence length divides it, so that the samples of a phase walk through one block after
+the other, and a phase begins where both a step and a block do. So no token of a block is repeated or skipped, whatever
+the phases are, and samples are numbered through, so that no noise comes twice.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from llada_train.config.schema import Config
+
+
+class Phase(BaseModel):
+    """What is in force from a step on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    first_sample: NonNegativeInt
+    first_token: NonNegativeInt
+    sequence_length: PositiveInt
+    global_batch_size: PositiveInt
+    weights: tuple[Annotated[float, Field(ge=0)], ...]  # of the corpora, in the config's order
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+
+class Span(NamedTuple):
+    """Where the tokens of each sample lie: int64 arrays of one shape."""
+
+    block: np.ndarray  # of the run, in the run's order
+    offset: np.ndarray  # of the first token, within the block
+    length: np.ndarray
+
+
+class Timeline:
+    """The phases of a run: at each boundary, where a step and a block begin, the config's values of that time hold.
+
+    A run that goes on keeps the phases that it recorded; from the first boundary at or after `consumed_samples` the
+    config holds. If it says what it said before, the phases are those of a run that never stopped.
+    """
+
+    def __init__(self, config: Config, past: Sequence[Phase] = (), consumed_samples: int = 0) -> None:
+        """
+        Args:
+            config: the run's, as `load_config` checks it.
+            past: phases that have begun before `consumed_samples`, as `begun` gave them; corpora that were added since
+                have weight 0 in them. None: the config has held from the start.
+        """
+        self._config = config
+        self._block_length = config.block_length
+        corpora = len(config.data.corpora)
+        self.phases = [
+            phase.model_copy(update={"weights": phase.weights + (0.0,) * (corpora - len(phase.weights))})
+            for phase in past
+        ]
+        if not past:
+            self.phases.append(self._in_force(0, 0))
+        now = self.tokens(consumed_samples) if past else 0
+        for time in [now, *(change.from_tokens for change in config.schedule if change.from_tokens > now)]:
+            boundary = self._boundary(time)
+            phase = self._in_force(self._samples(boundary), boundary)
+            unchanged = {"first_sample", "first_token"}
+            if phase.model_dump(exclude=unchanged) != self.phases[-1].model_dump(exclude=unchanged):
+                self.phases.append(phase)
+
+    def phase(self, sample: int) -> Phase:
+        """The phase that the sample belongs to."""
+        return self.phases[bisect_right(self.phases, sample, key=lambda phase: phase.first_sample) - 1]
+
+    def tokens(self, samples: int) -> int:
+        """Nominal tokens of the run's first so many samples."""
+        phase = self.phase(samples)
+        return phase.first_token + (samples - phase.first_sample) * phase.sequence_length
+
+    @property
+    def end_samples(self) -> int:
+        """Samples of the whole run: the learning-rate phases' last end, rounded up to whole steps."""
+        until = self._config.optimizer.learning_rate[-1].until_tokens
+        phase = max((phase for phase in self.phases if phase.first_token < until), key=lambda phase: phase.first_token)
+        steps = -(-(until - phase.first_token) // phase.tokens_per_step)
+        return phase.first_sample + steps * phase.global_batch_size
+
+    def steps(self, first_sample: int, end_sample: int) -> Iterator[int]:
+        """The first sample of each step from the one that begins at `first_sample` to before `end_sample`."""
+        while first_sample < end_sample:
+            yield first_sample
+            first_sample += self.phase(first_sample).global_batch_size
+
+    def begun(self, samples: int) -> tuple[Phase, ...]:
+        """The phases that any of the first so many samples belong to: what a run records."""
+        return tuple(phase for phase in self.phases if phase.first_sample < samples)
+
+    def locate(self, samples: npt.ArrayLike) -> Span:
+        """Samples g → the part of a block that each one is."""
+        g = np.asarray(samples, dtype=np.int64)
+        firsts = np.array([phase.first_sample for phase in self.phases])
+        index = np.searchsorted(firsts, g, side="right") - 1
+        length = np.array([phase.sequence_length for phase in self.phases])[index]
+        start = np.array([phase.first_token for phase in self.phases])[index] + (g - firsts[index]) * length
+        block, offset = np.divmod(start, self._block_length)
+        return Span(block, offset, length)
+
+    @property
+    def mixtures(self) -> list[tuple[int, tuple[float, ...]]]:
+        """(first block, weights of the corpora) of each mixture of the run, in order."""
+        found: list[tuple[int, tuple[float, ...]]] = []
+        for phase in self.phases:
+            if not found or found[-1][1] != phase.weights:
+                found.append((phase.first_token // self._block_length, phase.weights))
+        return found
+
+    def _boundary(self, tokens: int) -> int:
+        """The first place at or after `tokens`, and not before the last phase, where a step and a block begin."""
+        phase = self.phases[-1]
+        grid = math.lcm(phase.tokens_per_step, self._block_length)
+        return phase.first_token + max(0, -(-(tokens - phase.first_token) // grid)) * grid
+
+    def _samples(self, tokens: int) -> int:
+        """The sample of the last phase that begins at `tokens`."""
+        phase = self.phases[-1]
+        return phase.first_sample + (tokens - phase.first_token) // phase.sequence_length
+
+    def _in_force(self, first_sample: int, first_token: int) -> Phase:
+        """The config's values at a place, as a phase that begins there."""
+        config = self._config
+        length, batch_size = config.data.sequence_length, config.training.global_batch_size
+        weights = {corpus.path: corpus.weight for corpus in config.data.corpora}
+        for change in config.schedule:
+            if change.from_tokens <= first_token:
+                length = change.sequence_length or length
+                batch_size = change.global_batch_size or batch_size
+                weights |= change.weights
+        return Phase(
+            first_sample=first_sample,
+            first_token=first_token,
+            sequence_length=length,
+            global_batch_size=batch_size,
+            weights=tuple(weights.values()),
+        )
