@@ -18,6 +18,7 @@ from llada_train.checkpoint.manifest import Progress
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.data.loader import GlobalBatch
+from llada_train.data.timeline import Timeline
 from llada_train.parallel import replicas
 from llada_train.parallel.engine import Losses, Step
 from llada_train.parallel.gate import Accepts
@@ -195,6 +196,7 @@ def trainer_of_ten_steps(
         config=config,
         engine=engine,  # type: ignore[arg-type]
         loader=SimpleNamespace(iterate=batches),  # type: ignore[arg-type]
+        timeline=Timeline(config),
         validation=[],
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
         writer=SimpleNamespace(start=save, save=save, finish=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
