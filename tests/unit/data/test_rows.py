@@ -48,6 +48,28 @@ def test_an_epoch_is_the_stream_cut_into_rows(opened: Callable[..., PretrainingD
     assert np.array_equal(data.training_rows(np.array([15, 3])), np.stack([second[3], first[3]]))
 
 
+def test_rows_of_other_lengths_walk_through_the_same_blocks(
+    opened: Callable[..., PretrainingData], tmp_path: Path
+) -> None:
+    """12 blocks of 16: one step of 4 × 8 tokens, then steps of 2 × 16, then of 8 × 4; the tokens are the same."""
+    path = write(tmp_path / "c", [np.arange(200)])
+    schedule = [
+        {"from_tokens": 1, "sequence_length": 16, "global_batch_size": 2},
+        {"from_tokens": 90, "sequence_length": 4, "global_batch_size": 8},
+    ]
+    settings = {"training__global_batch_size": 4, "data__block_length": 16}
+    changing = opened([{"path": path}], schedule=schedule, **settings)
+    assert changing.blocks_per_corpus == [12]
+    parts = [changing.training_rows(np.arange(*ends)) for ends in [(0, 4), (4, 8), (8, 8 + 24)]]
+    assert [part.shape for part in parts] == [(4, 8), (4, 16), (24, 4)]
+    tokens = np.concatenate([part.ravel() for part in parts])
+    assert np.array_equal(np.sort(tokens), np.arange(192))
+    constant = opened([{"path": path}], **settings)
+    assert np.array_equal(tokens, constant.training_rows(np.arange(24)).ravel())
+    assert np.array_equal(constant.at(changing.timeline).training_rows(np.arange(8, 32)), parts[2])
+    assert np.array_equal(tokens, changing.training_blocks(np.arange(12)).ravel())
+
+
 def test_corpora_come_by_weight(opened: Callable[..., PretrainingData], tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", [[1] * 80]), write(tmp_path / "b", [[2] * 800])
     data = opened([{"path": a, "weight": 3.0}, {"path": b, "weight": 1.0}])
@@ -152,6 +174,12 @@ def test_too_little_data_is_refused(
     path = write(tmp_path / "c", documents)
     with pytest.raises(UserError, match=f"{path}: .*{message}"):
         opened([{"path": path, "validation_documents": held_out}])
+
+
+def test_a_corpus_of_less_than_a_block_is_refused(opened: Callable[..., PretrainingData], tmp_path: Path) -> None:
+    path = write(tmp_path / "c", [[1] * 15])
+    with pytest.raises(UserError, match=r"15 tokens, less than one block of data.block_length 16; use a larger corpus"):
+        opened([{"path": path}], data__block_length=16)
 
 
 def test_missing_corpus_is_refused(opened: Callable[..., PretrainingData], tmp_path: Path) -> None:
