@@ -88,9 +88,7 @@ class CheckpointWriter:
         folder = self._folder(self._saving.progress)
         problem = self._commit(self._saving)
         if problem is None:
-            self._failures = 0
             return
-        self._failures += 1
         if self._failures >= self._settings.max_failures:
             raise _could_not_be_written(folder, problem)
         if dist.get_rank() == 0:
@@ -153,7 +151,9 @@ class CheckpointWriter:
             outcome = f"{file}: {error}"
         outcomes: list[_Part | str] = [""] * dist.get_world_size()
         dist.gather_object(outcome, outcomes if dist.get_rank() == 0 else None)
-        return broadcast(self._complete(saving, outcomes) if dist.get_rank() == 0 else None)
+        problem = broadcast(self._complete(saving, outcomes) if dist.get_rank() == 0 else None)
+        self._failures = 0 if problem is None else self._failures + 1
+        return problem
 
     def _complete(self, saving: _Saving, outcomes: list[_Part | str]) -> str | None:
         """On rank 0: manifest, rename, `latest`; then old checkpoints go. Returns what went wrong."""

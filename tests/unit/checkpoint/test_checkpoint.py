@@ -3,100 +3,24 @@
 import json
 import shutil
 from collections.abc import Callable
-from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import SPECS, TENSORS, slices, write, write_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
-from torch import Tensor
 
 from llada_train.checkpoint import manifest as manifest_file
 from llada_train.checkpoint.manifest import (
-    CHECKSUM_NAME,
     FILE_NAME,
     FORMAT,
-    FileEntry,
-    FragmentEntry,
-    Manifest,
-    Progress,
-    write_manifest,
 )
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import FOLDER, checkpoints, resolve
-from llada_train.checkpoint.tensor_file import sha256
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
-from llada_train.model.sizes import slice_runs, tensor_specs
-
-CONFIG = Config.model_validate(
-    {
-        "run_dir": "run",
-        "model": {
-            "num_layers": 1,
-            "hidden_size": 16,
-            "num_heads": 4,
-            "num_kv_heads": 4,
-            "ffn_hidden_size": 12,
-            "vocab_size": 100,
-        },
-        "data": {"tokenizer": "tokenizer", "sequence_length": 8, "corpora": [{"path": "corpus"}]},
-        "optimizer": {"learning_rate": [{"until_tokens": 1000, "end": 1e-3}]},
-        "training": {"global_batch_size": 4, "micro_batch_size": 2},
-    }
-)
-SPECS = tensor_specs(CONFIG.model)
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-
-
-def global_tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {f"{kind}/{name}": torch.randn(s.shape, generator=generator) for kind in KINDS for name, s in SPECS.items()}
-
-
-TENSORS = global_tensors()
-
-
-def slices(full: Tensor, name: str, count: int) -> list[Tensor]:
-    """Tensor parallelism's cut, by torch: the oracle of every range computed in llada_train."""
-    dim = SPECS[name].partition_dim
-    return [full] if dim is None else list(full.chunk(count, dim))
-
-
-def write(folder: Path, tensor_parallel: int = 2, cuts: Callable[[int], list[int]] = lambda n: [n // 3]) -> Path:
-    """A checkpoint in which each tensor's flat slices are cut at `cuts(elements)`, each piece in another file."""
-    folder.mkdir()
-    content: dict[str, dict[str, Tensor]] = {}
-    entries: dict[str, list[FragmentEntry]] = {name: [] for name in SPECS}
-    for name in SPECS:
-        count = len(slices(TENSORS[f"master/{name}"], name, tensor_parallel))
-        for index in range(count):
-            numel = SPECS[name].numel // count
-            borders = [0, *sorted(cuts(numel)), numel]
-            for part, (start, stop) in enumerate(pairwise(borders)):
-                file = f"rank-{part * count + index:05d}.safetensors"
-                entries[name].append(FragmentEntry(file=file, index=index, count=count, start=start, stop=stop))
-                for kind in KINDS:
-                    piece = slices(TENSORS[f"{kind}/{name}"], name, tensor_parallel)[index].flatten()[start:stop]
-                    content.setdefault(file, {})[f"{kind}/{name}"] = piece.clone()
-    for file, tensors in content.items():
-        save_file(tensors, folder / file)
-    manifest = Manifest(
-        format=FORMAT,
-        saved=datetime.now(UTC),
-        progress=Progress(step=3, consumed_samples=12),
-        optimizer_steps=3,
-        versions={},
-        config=CONFIG,
-        files={f: FileEntry(size=(folder / f).stat().st_size, sha256=sha256(folder / f)) for f in content},
-        tensors=entries,
-    )
-    write_manifest(folder, manifest)
-    return folder
+from llada_train.model.sizes import slice_runs
 
 
 @settings(max_examples=25, deadline=None)
@@ -169,12 +93,6 @@ def test_damaged_file_is_named(checkpoint: Path, damage: Callable[[Path], object
     assert str(error.value).startswith(f"{file}: ") and words in str(error.value)
 
 
-def write_text(folder: Path, content: str) -> None:
-    """A manifest that somebody made up, with a checksum that fits."""
-    (folder / FILE_NAME).write_text(content)
-    (folder / CHECKSUM_NAME).write_text(f"{sha256(folder / FILE_NAME)}  {FILE_NAME}\n")
-
-
 def first_fragment(tree: dict[str, Any]) -> dict[str, Any]:
     return tree["tensors"]["head.weight"][0]
 
@@ -218,7 +136,7 @@ def test_damaged_manifest_is_named(checkpoint: Path, damage: Callable[[dict[str,
     path = checkpoint / FILE_NAME
     tree = json.loads(path.read_text())
     damage(tree)
-    write_text(checkpoint, json.dumps(tree))
+    write_text(checkpoint, json.dumps(tree).encode())
     with pytest.raises(UserError) as error:
         Checkpoint(checkpoint)
     assert str(error.value).startswith(f"{path}: ") and "checksum" not in str(error.value)
@@ -229,7 +147,7 @@ def test_damaged_manifest_is_named(checkpoint: Path, damage: Callable[[dict[str,
 def test_cut_manifest_is_named(tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
     folder = tmp_path_factory.mktemp("cut")
     whole = json.dumps({"format": FORMAT, "files": {}})
-    write_text(folder, whole[: int(cut * len(whole))])
+    write_text(folder, whole[: int(cut * len(whole))].encode())
     with pytest.raises(UserError, match=FILE_NAME):
         Checkpoint(folder)
 
