@@ -281,7 +281,7 @@ def _tell(error: UserError) -> None:
     if os.environ.get("RANK", "0") != "0":
         # What every rank sees, rank 0 tells, and the launcher ends the others; left is what is this rank's own.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)
         print(f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
         return
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -110,6 +111,36 @@ def test_workers_of_a_killed_launcher_stop(tmp_path: Path) -> None:
     launcher.kill()
     launcher.wait(timeout=30)
     assert all(map(gone, workers))
+
+
+def test_a_signal_that_meets_a_worker_which_does_not_listen_yet_stops_the_run(tmp_path: Path) -> None:
+    script = (
+        RANK
+        + """
+if rank == 0:
+    signal.signal(signal.SIGTERM, lambda *_: None)  # remembers it, and waits for rank 1, which will not come
+Path(sys.argv[1], str(rank)).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    )
+    launcher = in_its_own_process(2, worker(script, tmp_path))
+    workers = started(tmp_path, 2)
+    begin = time.monotonic()
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=30) == 75
+    assert time.monotonic() - begin < launch.GRACE_SECONDS
+    assert all(map(gone, workers))
+
+
+def test_a_hang_is_reported_even_if_another_worker_ends_first(tmp_path: Path) -> None:
+    script = RANK + "signal.signal(signal.SIGTERM, lambda *_: None); time.sleep(rank); sys.exit(70 if rank else 1)"
+    assert launch_local(2, worker(script)) == 70
+
+
+def test_a_worker_whose_launcher_is_gone_does_not_start(tmp_path: Path) -> None:
+    touch = worker("import sys; from pathlib import Path; Path(sys.argv[1]).touch()", tmp_path / "started")
+    assert subprocess.run(touch, preexec_fn=lambda: launch._stop_with(os.getpid())).returncode == 1
+    assert not (tmp_path / "started").exists()
 
 
 def test_launcher_needs_no_torch() -> None:
