@@ -170,7 +170,8 @@ def test_each_corpus_goes_on_where_it_was_when_the_weights_change(
     read = [0] * len(sizes)
     for i, (corpus, epoch, block) in enumerate(zip(*(part.tolist() for part in located), strict=True)):
         start, weights = [mixture for mixture in changing if mixture[0] <= i][-1]
-        assert corpus == Mixture(weights).locate(i - start)[0] if i % 20 == 0 else True
+        if i % 20 == 0:  # making a mixture takes milliseconds
+            assert corpus == Mixture(weights).locate(i - start)[0]
         assert weights[corpus] > 0
         assert epoch == read[corpus] // sizes[corpus]
         assert block == permute(read[corpus] % sizes[corpus], sizes[corpus], seed, (corpus, epoch))
