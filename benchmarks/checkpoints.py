@@ -186,7 +186,7 @@ def _header(rounds: int) -> str:
 gloo processes on one machine, ZeRO 1, fp32; the demo's model with {sizes}. A save writes the fp32 masters and both Adam
 moments of the rank. The stall is what training waits for: asynchronous, the copy to host memory; else all of the save.
 Both sync files to the disk; ours hashes them as well, reads them back, and compares all checksums before it loads.
-Medians of {SAVES - 1} saves in each of {rounds} sets of processes, sides alternating; memory is the peak of rank 0 above
+Medians of {SAVES - 1} saves in each of {rounds} sets of processes, sides alternating; memory is rank 0's peak above
 what it had before, in its first save.
 
 {machine_and_versions()}
