@@ -21,7 +21,7 @@ from llada_train.config.errors import UserError
 
 MAX_HEADER = 1 << 26  # a rank of an 8B run that owns all of it has 50 KiB
 ITEM = 4  # bytes of an fp32
-_CHUNK = 1 << 24  # bytes that are hashed, written or read at once, without holding up the interpreter
+_CHUNK = 1 << 22  # bytes that are hashed, written or read at once, without holding up the interpreter
 
 
 class _Entry(BaseModel):

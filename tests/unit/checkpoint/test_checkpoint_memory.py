@@ -46,7 +46,7 @@ other = StandInEngine(config, seed=1)
 found["load"] = extra(lambda: load_newest(root, other))
 print(json.dumps(found))
 """
-SLACK = 12 * 2**20  # buffers of 16 MiB are read and hashed in; the interpreter's own
+SLACK = 12 * 2**20  # the buffer of 4 MiB that files are read back through; the interpreter's own
 
 
 def test_saving_takes_the_shard_once_more_and_loading_a_tensor(tmp_path: Path) -> None:
