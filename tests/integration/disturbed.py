@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 
 from llada_train.checkpoint.reader import Checkpoint
-from llada_train.checkpoint.store import FOLDER, checkpoints
+from llada_train.checkpoint.store import FOLDER, checkpoints, step_of
 from llada_train.config.load import load_config
+from llada_train.data.timeline import Timeline
 from llada_train.training.metrics import METRICS_FILE, read_metrics
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
@@ -180,19 +181,19 @@ def last_step(folder: Path) -> int:
 
 
 def saved_step(folder: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in checkpoints(folder / FOLDER)), default=0)
+    return max(map(step_of, checkpoints(folder / FOLDER)), default=0)
 
 
 def assert_same_run(config: Path, other: Path) -> None:
     """Two finished runs: samples, losses and norms of each step, and the final weights and moments, bit for bit."""
     one, two = (load_config(path) for path in (config, other))
     assert records(one.run_dir) == records(two.run_dir)
-    size = one.training.global_batch_size
+    size, end = one.training.global_batch_size, Timeline(one).end_samples
     consumed = [record["consumed_samples"] for record in records(one.run_dir) if record["kind"] == "train"]
-    assert consumed == list(range(size, one.train_samples + 1, size))
+    assert consumed == list(range(size, end + 1, size))
     newest = [checkpoints(run.run_dir / FOLDER)[-1] for run in (one, two)]
     with Checkpoint(newest[0]) as x, Checkpoint(newest[1]) as y:
-        assert x.manifest.progress == y.manifest.progress and x.manifest.progress.consumed_samples == one.train_samples
+        assert x.manifest.progress == y.manifest.progress and x.manifest.progress.consumed_samples == end
         assert x.manifest.files == y.manifest.files  # checksums: of the moments, too
         for name in x.names():
             assert torch.equal(x.read(name), y.read(name)), name

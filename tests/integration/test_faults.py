@@ -163,7 +163,7 @@ def test_a_corpus_that_vanishes(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_run_is_refused_and_a_lost_run_folder_told(tiny_data: Path, tmp_path: Path) -> None:
-    config = new_run(tiny_data, tmp_path, steps=2000)
+    config = new_run(tiny_data, tmp_path, steps=2000, checkpoint__max_failures=1)
     first = Run(config)
     first.wait_for(first.steps)
     second = Run(config)
