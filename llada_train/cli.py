@@ -241,9 +241,10 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
     """Remove old checkpoints. The newest sound one always stays; damaged ones are left as they are."""
-    from llada_train.checkpoint.inventory import remove, size_of, to_prune
+    from llada_train.checkpoint.inventory import folders_of, remove, size_of, to_prune
     from llada_train.training.run_folder import lock
 
+    folders_of(run)  # before a lock is put into any folder
     with lock(run):
         with _progress("verifying what stays") as advance:
             folders = to_prune(run, keep, keep_every_steps, advance)

@@ -1,7 +1,6 @@
 """What a checkpoint asks of an engine, over any tensors, without a model: each rank owns an equal range of each."""
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -9,8 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llada_train.config.schema import Config
+from llada_train.data.loader import ALONE
 from llada_train.model.sizes import FIRST_MOMENT, MASTER, SECOND_MOMENT, tensor_specs
 from llada_train.model.weights import Shard
+from llada_train.parallel.topology import Topology
 from llada_train.parallel.zero import Fragment
 
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
@@ -19,7 +20,7 @@ KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 class StandInEngine:
     def __init__(self, config: Config, seed: int = 0) -> None:
         self.config, self.optimizer_steps = config, 0
-        self.topology = SimpleNamespace(device=torch.device("cpu"), is_main=dist.get_rank() == 0)
+        self.topology = Topology(dist.get_rank(), dist.get_world_size(), ALONE, torch.device("cpu"))
         generator = torch.Generator().manual_seed(seed)
         self._fragments = []
         for name, spec in tensor_specs(config.model).items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from llada_train.checkpoint.manifest import DamagedError, read_manifest
+from llada_train.checkpoint.manifest import read_manifest
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import (
     FOLDER,
@@ -21,6 +21,7 @@ from llada_train.checkpoint.store import (
 )
 from llada_train.config.errors import UserError
 from llada_train.config.schema import ParallelConfig
+from llada_train.data.timeline import Timeline
 
 OnBytes = Callable[[int, int], None]  # bytes read of one checkpoint, bytes in all
 
@@ -67,7 +68,7 @@ def _summary(folder: Path, latest: bool) -> Summary:
         latest=latest,
         problem=None if problem is None else str(problem),
         samples=progress.consumed_samples,
-        tokens=progress.consumed_samples * config.data.sequence_length,
+        tokens=Timeline(config, progress.phases, progress.consumed_samples).tokens(progress.consumed_samples),
         saved=manifest.saved,
         bytes=manifest.bytes,
         layout=_layout(config.parallel, len(manifest.files)),
@@ -95,8 +96,8 @@ def folders_of(path: Path) -> list[Path]:
     return [newest] if newest == path else checkpoints(path / FOLDER)
 
 
-def damage(folder: Path, on_bytes: OnBytes) -> DamagedError | None:
-    """What is wrong with a checkpoint, all checksums compared."""
+def damage(folder: Path, on_bytes: OnBytes) -> UserError | None:
+    """What is wrong with a checkpoint, all checksums compared, or why it cannot be read."""
     done = 0
 
     def count(more: int) -> None:
@@ -107,7 +108,7 @@ def damage(folder: Path, on_bytes: OnBytes) -> DamagedError | None:
     try:
         with Checkpoint(folder) as checkpoint:
             checkpoint.verify(checkpoint.manifest.files, count)
-    except DamagedError as error:
+    except UserError as error:
         return error
     return None
 
@@ -128,8 +129,15 @@ def to_prune(run: Path, keep: int, keep_every_steps: int | None, on_bytes: OnByt
 
 
 def remove(folder: Path) -> None:
-    """Take a checkpoint out of the run and off the disk."""
-    shutil.rmtree(retire(folder))
+    """Take a checkpoint out of the run and off the disk.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    try:
+        shutil.rmtree(retire(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be removed: {error.strerror}; mend the folder's permissions") from None
 
 
 def size_of(folder: Path) -> int:

@@ -69,7 +69,6 @@ class GuardState(_Strict):
     skipped_steps: Count = 0  # of the whole run
     skips_in_a_row: Count = 0
     first_skipped_sample: Count | None = None  # of those in a row
-    passed_over: tuple[tuple[Count, Count], ...] = ()  # ranges [first, end) of samples
     went_back_to: Count | None = None  # step of the checkpoint that the run last went back to
 
 
@@ -78,7 +77,7 @@ class Progress(_Strict):
 
     step: Count
     consumed_samples: Count
-    phases: tuple[Phase, ...] = ()  # that these samples belong to
+    phases: tuple[Phase, ...] = ()  # as Timeline.begun gives them
     guard: GuardState = GuardState()
 
 

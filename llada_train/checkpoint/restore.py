@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from llada_train.checkpoint.manifest import DamagedError, Progress, read_manifest
 from llada_train.checkpoint.reader import Checkpoint
-from llada_train.checkpoint.store import checkpoints, none_is_sound, set_aside
+from llada_train.checkpoint.store import checkpoints, none_is_sound, point_latest_at, set_aside
 from llada_train.config.errors import UserError
 from llada_train.config.load import differences
 from llada_train.model.sizes import MASTER
@@ -27,7 +27,7 @@ def load_newest(root: Path, engine: Engine, before_sample: int | None = None) ->
     """
     damaged: list[DamagedError] = []
     # Rank 0's list: file systems show a new folder to some nodes before others.
-    folders = broadcast([folder for folder in checkpoints(root)[::-1] if not _has_consumed(folder, before_sample)])
+    folders = broadcast(_candidates(root, before_sample) if dist.get_rank() == 0 else [])
     for folder in folders:
         try:
             checkpoint = open_together(folder)
@@ -35,11 +35,15 @@ def load_newest(root: Path, engine: Engine, before_sample: int | None = None) ->
             damaged.append(error)
             continue
         _tell(damaged, folders, folder)
-        with checkpoint:
+        with checkpoint, engine.topology.failing_together():
             return folder, load(checkpoint, engine)
     if damaged:
         raise none_is_sound(root, damaged)
     return None
+
+
+def _candidates(root: Path, before_sample: int | None) -> list[Path]:
+    return [folder for folder in reversed(checkpoints(root)) if not _has_consumed(folder, before_sample)]
 
 
 def _has_consumed(folder: Path, sample: int | None) -> bool:
@@ -101,3 +105,5 @@ def _tell(damaged: list[DamagedError], folders: list[Path], sound: Path) -> None
             file=sys.stderr,
             flush=True,
         )
+    if damaged:
+        point_latest_at(sound)

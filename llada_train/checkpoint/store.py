@@ -90,10 +90,18 @@ def missing_or_cut(folder: Path, manifest: Manifest) -> DamagedError | None:
 
 
 def remove_newer(checkpoint: Path) -> None:
-    """Remove the checkpoints of its run that are newer than it."""
+    """Remove the checkpoints of its run that are newer than it.
+
+    Raises:
+        UserError: they cannot be removed.
+    """
     found = checkpoints(checkpoint.parent)
-    for folder in found[found.index(checkpoint) + 1 :]:
-        shutil.rmtree(retire(folder), ignore_errors=True)
+    try:
+        for folder in reversed(found[found.index(checkpoint) + 1 :]):
+            shutil.rmtree(retire(folder), ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be removed: {error.strerror}; mend the folder's permissions") from None
+    point_latest_at(checkpoint)
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -122,15 +130,19 @@ def expired(folders: Sequence[Path], keep: int, keep_every_steps: int | None) ->
 
 def retire(folder: Path) -> Path:
     """Take a checkpoint out of the run, in one step; returns what is left to remove."""
-    return folder.rename(folder.with_name(f"{folder.name}.removed"))
+    return folder.rename(_unused(folder.with_name(f"{folder.name}.removed")))
 
 
 def set_aside(folder: Path) -> Path:
     """Take a damaged checkpoint out of the run without removing anything; returns its new name."""
-    name, number = f"{folder.name}.damaged", 2
-    while folder.with_name(name).exists():
-        name, number = f"{folder.name}.damaged-{number}", number + 1
-    return folder.rename(folder.with_name(name))
+    return folder.rename(_unused(folder.with_name(f"{folder.name}.damaged")))
+
+
+def _unused(path: Path) -> Path:
+    found, number = path, 2
+    while found.exists():
+        found, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return found
 
 
 def already_aside(root: Path) -> list[Path]:
@@ -146,7 +158,12 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     temporary.rename(folder)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-    with suppress(OSError):  # `latest` is for people and scripts; the checkpoint stands without it
+    point_latest_at(folder)
+
+
+def point_latest_at(folder: Path) -> None:
+    """`latest` is for people and scripts; a checkpoint stands without it."""
+    with suppress(OSError):
         latest = folder.parent / f"{LATEST}.tmp"
         latest.write_text(f"{folder.name}\n", encoding="utf-8")
         latest.replace(folder.parent / LATEST)
@@ -155,7 +172,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 def clean(root: Path) -> None:
     """Remove what killed saves and removals left."""
     standing = set(checkpoints(root))
-    for pattern in ("*.tmp", "*.removed", "*.old"):
+    for pattern in ("*.tmp", "*.removed*", "*.old"):
         for remnant in root.glob(pattern):
             if remnant.is_dir() and remnant not in standing:
                 shutil.rmtree(remnant, ignore_errors=True)

@@ -56,6 +56,7 @@ class CheckpointWriter:
         self._buffer: Tensor | None = None
         self._saving: _Saving | None = None
         self._failures = 0  # in a row
+        self._file_name = f"rank-{dist.get_rank():05d}.safetensors"
         if dist.get_rank() == 0:
             clean(root)
         dist.barrier()
@@ -83,19 +84,34 @@ class CheckpointWriter:
         Raises:
             UserError: too many have failed in a row.
         """
+        failed = self._settle()
+        if failed is not None and self._failures >= self._settings.max_failures:
+            raise _could_not_be_written(*failed)
+        if failed is not None:
+            self._warn(
+                *failed,
+                f"the run goes on; it tries again in {self._settings.interval_steps:,} steps and stops after "
+                f"{self._settings.max_failures} failures in a row (this was number {self._failures})",
+            )
+
+    def settle(self) -> None:
+        """`finish` for a run that ends anyway: a failure is only told."""
+        if (failed := self._settle()) is not None:
+            self._warn(*failed, "the run ends")
+
+    def _settle(self) -> tuple[Path, str] | None:
+        """Commit the save under way; returns its folder and what went wrong."""
         if self._saving is None:
-            return
+            return None
         folder = self._folder(self._saving.progress)
         problem = self._commit(self._saving)
-        if problem is None:
-            return
-        if self._failures >= self._settings.max_failures:
-            raise _could_not_be_written(folder, problem)
+        return None if problem is None else (folder, problem)
+
+    def _warn(self, folder: Path, problem: str, consequence: str) -> None:
         if dist.get_rank() == 0:
             print(
                 f"warning: {folder}: THE CHECKPOINT COULD NOT BE WRITTEN: {problem}; older checkpoints are untouched "
-                f"and the run goes on; it tries again in {self._settings.interval_steps:,} steps and stops after "
-                f"{self._settings.max_failures} failures in a row (this was number {self._failures})",
+                f"and {consequence}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -106,7 +122,8 @@ class CheckpointWriter:
         Raises:
             UserError: it could not be written.
         """
-        self.finish()
+        if (failed := self._settle()) is not None:
+            self._warn(*failed, "the run saves once more at once")
         for _ in range(2):
             problem = self._commit(self._begin(progress))
             if problem is None:
@@ -114,7 +131,7 @@ class CheckpointWriter:
         raise _could_not_be_written(self._folder(progress), str(problem))
 
     def _begin(self, progress: Progress) -> _Saving:
-        name = f"rank-{dist.get_rank():05d}.safetensors"
+        name = self._file_name
         owned = [fragment for fragment in self._engine.fragments() if fragment.shard.owned]
         states = {f"{kind}/{f.shard.name}": state for f in owned for kind, state in f.state.items()}
         sizes = {key: state.numel() for key, state in states.items()}
@@ -145,10 +162,9 @@ class CheckpointWriter:
         self._saving = None
         outcome: _Part | str
         try:
-            file = f"rank-{dist.get_rank():05d}.safetensors"
-            outcome = _Part(file, saving.written.result(), saving.fragments)
+            outcome = _Part(self._file_name, saving.written.result(), saving.fragments)
         except Exception as error:  # whatever it is: the other ranks wait to hear of it
-            outcome = f"{file}: {error}"
+            outcome = f"{self._file_name}: {error}"
         outcomes: list[_Part | str] = [""] * dist.get_world_size()
         dist.gather_object(outcome, outcomes if dist.get_rank() == 0 else None)
         problem = broadcast(self._complete(saving, outcomes) if dist.get_rank() == 0 else None)
@@ -168,9 +184,18 @@ class CheckpointWriter:
         except Exception as error:  # whatever it is: the other ranks wait to hear of it
             shutil.rmtree(temporary, ignore_errors=True)
             return str(error)
-        for old in expired(checkpoints(self._root), self._settings.keep, self._settings.keep_every_steps):
-            self._thread.submit(_remove, old)
+        # Amid refused steps the run may have to go back to an older one.
+        if not saving.progress.guard.skips_in_a_row:
+            self._retire_expired()
         return None
+
+    def _retire_expired(self) -> None:
+        settings = self._settings
+        try:
+            for old in expired(checkpoints(self._root), settings.keep, settings.keep_every_steps):
+                self._thread.submit(shutil.rmtree, retire(old), ignore_errors=True)
+        except OSError as error:
+            print(f"warning: {self._root}: old checkpoints cannot be removed: {error}", file=sys.stderr, flush=True)
 
     def _manifest(self, saving: _Saving, parts: list[_Part]) -> Manifest:
         tensors: dict[str, list[FragmentEntry]] = {}
@@ -198,10 +223,6 @@ class CheckpointWriter:
 def _write(path: Path, sizes: dict[str, int], buffer: Tensor) -> FileEntry:
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_tensors(path, sizes, buffer)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(retire(folder), ignore_errors=True)
 
 
 def _could_not_be_written(folder: Path, problem: str) -> UserError:

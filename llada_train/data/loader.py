@@ -12,6 +12,7 @@ import torch
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch, Segments
 from llada_train.data.rows import PretrainingData
+from llada_train.data.timeline import Timeline
 from llada_train.data.tokenizer import Tokenizer
 from llada_train.objective.forward_process import Noise, training_noise, validation_noise
 
@@ -96,14 +97,6 @@ class GlobalBatch:
     batches: list[Batch]
 
 
-def next_sample(sample: int, passed_over: Sequence[tuple[int, int]]) -> int:
-    """`sample`, or the first one after it that lies in none of the ranges [first, end)."""
-    for first, end in sorted(passed_over):
-        if first <= sample < end:
-            sample = end
-    return sample
-
-
 class TrainingLoader:
     """This process's part of each global batch: a contiguous block of its rows, in micro-batches."""
 
@@ -111,6 +104,10 @@ class TrainingLoader:
         self._data = data
         self._config = config
         self._place = place
+
+    def at(self, timeline: Timeline) -> "TrainingLoader":
+        """The same loader in the order of a run with this timeline."""
+        return TrainingLoader(self._data.at(timeline), self._config, self._place)
 
     def samples(self, first_sample: int) -> range:
         """The places in the run's order of the rows that this process reads of the global batch at `first_sample`."""
@@ -132,17 +129,14 @@ class TrainingLoader:
         rows = [_row(t, noise, g - first_sample) for t, g in zip(tokens, samples, strict=True)]
         return _micro_batches(rows, length, data.tokenizer, config, self._place)
 
-    def iterate(
-        self, consumed_samples: int, until_samples: int, passed_over: Sequence[tuple[int, int]] = ()
-    ) -> Generator[GlobalBatch, None, None]:
-        """The global batches of the steps from the one that starts at consumed_samples to before until_samples.
+    def iterate(self, consumed_samples: int, until_samples: int) -> Generator[GlobalBatch, None, None]:
+        """The global batches of the steps that follow consumed_samples, to before until_samples.
 
-        Those that start in a range [first, end) of `passed_over` are left out. A background thread keeps data.prefetch
-        of them ready. What it raises is raised here, at the batch concerned. Closing the iterator stops the thread.
+        A background thread keeps data.prefetch of them ready. What it raises is raised here, at the batch concerned.
+        Closing the iterator stops the thread.
         """
         timeline = self._data.timeline
-        steps = timeline.steps(consumed_samples, until_samples)
-        starts = (sample for sample in steps if next_sample(sample, passed_over) == sample)
+        starts = timeline.steps(consumed_samples, until_samples)
         # A new thread pins memory for device 0, whatever the process's device is.
         on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
         executor = ThreadPoolExecutor(1, "loader", *on_device)

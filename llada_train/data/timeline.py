@@ -28,6 +28,7 @@ class Phase(BaseModel):
     sequence_length: PositiveInt
     global_batch_size: PositiveInt
     weights: tuple[Annotated[float, Field(ge=0)], ...]  # of the corpora, in the config's order
+    end_sample: NonNegativeInt | None = None  # from here on the run passes over the samples before the next phase
 
     @property
     def tokens_per_step(self) -> int:
@@ -53,11 +54,12 @@ class Timeline:
         """
         Args:
             config: the run's, as `load_config` checks it.
-            past: phases that have begun before `consumed_samples`, as `begun` gave them; corpora that were added since
-                have weight 0 in them. None: the config has held from the start.
+            past: the phases that a run recorded at `consumed_samples`; corpora that were added since have weight 0 in
+                them. None: the config has held from the start.
         """
         self._config = config
         self._block_length = config.block_length
+        self._recorded = len(past)
         corpora = len(config.data.corpora)
         self.phases = [
             phase.model_copy(update={"weights": phase.weights + (0.0,) * (corpora - len(phase.weights))})
@@ -69,8 +71,8 @@ class Timeline:
         for time in [now, *(change.from_tokens for change in config.schedule if change.from_tokens > now)]:
             boundary = self._boundary(time)
             phase = self._in_force(self._samples(boundary), boundary)
-            unchanged = {"first_sample", "first_token"}
-            if phase.model_dump(exclude=unchanged) != self.phases[-1].model_dump(exclude=unchanged):
+            places = {"first_sample", "first_token", "end_sample"}
+            if phase.model_dump(exclude=places) != self.phases[-1].model_dump(exclude=places):
                 self.phases.append(phase)
 
     def phase(self, sample: int) -> Phase:
@@ -90,15 +92,37 @@ class Timeline:
         steps = -(-(until - phase.first_token) // phase.tokens_per_step)
         return phase.first_sample + steps * phase.global_batch_size
 
-    def steps(self, first_sample: int, end_sample: int) -> Iterator[int]:
-        """The first sample of each step from the one that begins at `first_sample` to before `end_sample`."""
-        while first_sample < end_sample:
+    def next_step(self, consumed_samples: int) -> int:
+        """The first sample of the step that follows; `consumed_samples` itself, if the run does not pass over it."""
+        phase = self.phase(consumed_samples)
+        if phase.end_sample is None or consumed_samples < phase.end_sample:
+            return consumed_samples
+        return next(later.first_sample for later in self.phases if later.first_sample > consumed_samples)
+
+    def steps(self, consumed_samples: int, end_sample: int) -> Iterator[int]:
+        """The first sample of each step from the one that follows `consumed_samples` to before `end_sample`."""
+        while (first_sample := self.next_step(consumed_samples)) < end_sample:
             yield first_sample
-            first_sample += self.phase(first_sample).global_batch_size
+            consumed_samples = first_sample + self.phase(first_sample).global_batch_size
 
     def begun(self, samples: int) -> tuple[Phase, ...]:
-        """The phases that any of the first so many samples belong to: what a run records."""
-        return tuple(phase for phase in self.phases if phase.first_sample < samples)
+        """What a run records: the phases of its first so many samples, and those that were recorded before."""
+        return tuple(phase for i, phase in enumerate(self.phases) if phase.first_sample < samples or i < self._recorded)
+
+    def passing_over(self, first_sample: int, end_sample: int) -> "Timeline":
+        """The same run without the samples [first_sample, end_sample), which are whole steps of it.
+
+        A phase ends before them and one begins after them, so that neither a restart nor a change of what is to come
+        moves the steps that follow.
+        """
+        *before, last = [phase for phase in self.phases if phase.first_sample < first_sample]
+        again = self.phase(end_sample).model_copy(
+            update={"first_sample": end_sample, "first_token": self.tokens(end_sample)}
+        )
+        # One that ends before these samples ends there: what lies between them is passed over already.
+        cut = last.model_copy(update={"end_sample": min(last.end_sample or first_sample, first_sample)})
+        later = [phase for phase in self.phases[: self._recorded] if phase.first_sample > end_sample]
+        return Timeline(self._config, (*before, cut, again, *later), end_sample)
 
     def locate(self, samples: npt.ArrayLike) -> Span:
         """Samples g → the part of a block that each one is."""
@@ -123,7 +147,10 @@ class Timeline:
         """The first place at or after `tokens`, and not before the last phase, where a step and a block begin."""
         phase = self.phases[-1]
         grid = math.lcm(phase.tokens_per_step, self._block_length)
-        return phase.first_token + max(0, -(-(tokens - phase.first_token) // grid)) * grid
+        # A phase that begins after passed-over samples may begin within a block, but some step later begins one.
+        candidates = range(phase.first_token, phase.first_token + grid, phase.tokens_per_step)
+        first = next(place for place in candidates if place % self._block_length == 0)
+        return first + max(0, -(-(tokens - first) // grid)) * grid
 
     def _samples(self, tokens: int) -> int:
         """The sample of the last phase that begins at `tokens`."""

@@ -183,9 +183,9 @@ class Engine:
     ) -> Step:
         """One optimizer step on this rank's micro-batches of a global batch.
 
-        Every rank of a model copy passes the same batches. `accepts` is asked before the update; if any rank's says no,
-        or the gradient is not finite, nothing is updated. `check_replicas_of_step`: compare all copies of the
-        parameters before the update; the number of the step is for the message.
+        Every rank of a model copy passes the same batches. `accepts` is asked before the update, on all ranks alike; if
+        it says no, or the gradient is not finite, nothing is updated. `check_replicas_of_step`: compare all copies of
+        the parameters before the update; the number of the step is for the message.
 
         Raises:
             UserError: they differ; nothing is updated.

@@ -1,5 +1,6 @@
 """The last word before the update: a step whose loss or gradient is at fault leaves weights and moments as they are."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,24 +16,26 @@ class Gate:
     def __init__(self, optimizer: Any, device: torch.device) -> None:
         """`optimizer`: DeepSpeed's wrapper, whose own optimizer leaves parameters without a gradient as they are."""
         self._optimizer, self._device = optimizer, device
-        self._ask: Callable[[], bool] = lambda: True
+        self._accepts: Accepts = lambda loss, norm: True
+        self._loss, self._norm = 0.0, 0.0
         self._answer: bool | None = None
         optimizer.optimizer.register_step_pre_hook(self._before_adam)
 
     def apply(self, update: Callable[[], None], accepts: Accepts, loss: float) -> tuple[float, bool]:
-        """Run DeepSpeed's `update`: (gradient norm before clipping, was it applied?).
+        """Run DeepSpeed's `update`: (gradient norm before clipping, was it applied?), equal on all ranks.
 
-        A gradient that is not finite is never applied: DeepSpeed skips it by itself, and its norm is inf.
+        `accepts` has to answer alike on all of them. A gradient that is not finite is never applied: DeepSpeed skips
+        it by itself.
         """
-        self._ask = lambda: accepts(loss, float(self._optimizer._global_grad_norm))
-        self._answer = None
+        self._accepts, self._loss, self._norm, self._answer = accepts, loss, math.inf, None
         update()
-        return float(self._optimizer._global_grad_norm), bool(self._answer)
+        return self._norm, bool(self._answer)
 
     def _before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
         if self._answer is None:  # else another partition of the same step
-            refusals = torch.tensor(int(not self._ask()), device=self._device)
-            dist.all_reduce(refusals, op=dist.ReduceOp.MAX)  # norms of ranks may differ in their last bit
-            self._answer = not refusals
+            norm = torch.tensor(float(self._optimizer._global_grad_norm), dtype=torch.float64, device=self._device)
+            dist.all_reduce(norm, op=dist.ReduceOp.MAX)  # ranks reduce it in groups and may differ in the last bit
+            self._norm = float(norm)
+            self._answer = self._accepts(self._loss, self._norm)
         if not self._answer:
             adam.zero_grad(set_to_none=True)

@@ -56,7 +56,7 @@ def config_changes(stored: Config, progress: Progress, given: Config) -> ConfigC
         key = line.partition(":")[0]
         if key == "data.block_length" or _free(key, stored, given):
             continue
-        reason = _fixed(key, stored, given)
+        reason = _fixed(key, stored, given) or _overruled(key, _until(given, now))
         note = reason or _COSTS.get(key)
         (impossible if reason else possible).append(f"{line} ({note})" if note else line)
     announced = any(line.startswith(_IN_SCHEDULE) for line in possible)
@@ -91,6 +91,20 @@ def _fixed(key: str, stored: Config, given: Config) -> str | None:
             )
         if key.endswith(".validation_documents"):
             return "training has read, or left out, those documents: tokens of this epoch would come twice or never"
+    return None
+
+
+def _overruled(key: str, given: Config) -> str | None:
+    """Which change of the schedule has set the value since, if so."""
+    corpus = _corpus(key)
+    name = key.rpartition(".")[2]
+    for i, change in enumerate(given.schedule):
+        if corpus is not None and name == "weight":
+            sets = given.data.corpora[corpus].path in change.weights
+        else:
+            sets = key in ("training.global_batch_size", "data.sequence_length") and getattr(change, name) is not None
+        if sets:
+            return f"schedule.{i} has set it since; add a change to `schedule`"
     return None
 
 

@@ -47,13 +47,9 @@ class Guard:
         )
         return self.state.skips_in_a_row >= self.config.max_skips
 
-    def went_back(self, step: int, passed_over: tuple[int, int], skips: int) -> None:
-        """Go on from the checkpoint of `step`, whose state this guard was made with, without those samples."""
-        self._change(
-            passed_over=(*self.state.passed_over, passed_over),
-            skipped_steps=self.state.skipped_steps + skips,
-            went_back_to=step,
-        )
+    def went_back(self, step: int, skips: int) -> None:
+        """Go on from the checkpoint of `step`, whose state this guard was made with, after so many skips in a row."""
+        self._change(skipped_steps=self.state.skipped_steps + skips, went_back_to=step)
 
     def _change(self, **values: object) -> None:
         self.state = self.state.model_copy(update=values)

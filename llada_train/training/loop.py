@@ -11,16 +11,17 @@ from llada_train.checkpoint.restore import load_newest
 from llada_train.checkpoint.store import remove_newer
 from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
+from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.batch import Batch
-from llada_train.data.loader import GlobalBatch, TrainingLoader, next_sample
-from llada_train.data.timeline import Timeline
+from llada_train.data.loader import GlobalBatch, TrainingLoader
+from llada_train.data.timeline import Phase, Timeline
 from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import Engine, Losses, Step
 from llada_train.parallel.topology import any_rank
 from llada_train.training.guard import Guard
 from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
+from llada_train.training.preflight import check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
@@ -28,7 +29,7 @@ from llada_train.training.watchdog import Watchdog
 
 @dataclass
 class _Interval:
-    """What happened since the last line of the log."""
+    """What the applied steps since the last line of the log did."""
 
     steps: int = 0
     tokens: int = 0  # nominal
@@ -36,14 +37,17 @@ class _Interval:
     seconds: float = 0.0  # of the steps alone, without validation and checkpoints between them
     losses: Losses = field(default_factory=Losses.none)
     data_wait: float = 0.0
+    learning_rate: float = 0.0  # of the last step
+    gradient_norm: float = 0.0
 
-    def add(self, losses: Losses, tokens: int, flops: float, seconds: float, data_wait: float) -> None:
+    def add(self, model: ModelConfig, phase: Phase, step: Step, rate: float, seconds: float, data_wait: float) -> None:
         self.steps += 1
-        self.tokens += tokens
-        self.flops += flops
+        self.tokens += phase.tokens_per_step
+        self.flops += phase.tokens_per_step * flops_per_token(model, phase.sequence_length)
         self.seconds += seconds
-        self.losses = self.losses + losses
+        self.losses = self.losses + step.losses
         self.data_wait += data_wait
+        self.learning_rate, self.gradient_norm = rate, step.gradient_norm
 
 
 class _Outcome(Enum):
@@ -71,6 +75,7 @@ class Trainer:
         self.run, self.writer, self.log, self.stop, self.watchdog = run, writer, log, stop, watchdog
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
+        self.reasons: list[str] = []  # why the last steps in a row were refused
 
     def train(self) -> bool:
         """Run to the end, or until a signal: True when the run is complete. A checkpoint is saved either way.
@@ -83,8 +88,8 @@ class Trainer:
         try:
             while (outcome := self._train()) is _Outcome.HAS_TO_GO_BACK:
                 self._go_back()
-        except UserError:
-            self.writer.finish()
+        except UserError:  # on all ranks
+            self.writer.settle()
             raise
         self.watchdog.beat(f"saving after step {self.progress.step}")
         self.writer.save(self.progress)
@@ -92,13 +97,12 @@ class Trainer:
 
     def _train(self) -> _Outcome:
         config, interval = self.config, _Interval()
-        steps = self.loader.iterate(self.progress.consumed_samples, self.end_samples, self.guard.state.passed_over)
-        with closing(steps):
+        with closing(self.loader.iterate(self.progress.consumed_samples, self.end_samples)) as global_batches:
             while not self._complete():
                 self.watchdog.beat(f"step {self.progress.step + 1}")
                 started = time.perf_counter()
                 with self.engine.topology.failing_together():
-                    batch = next(steps)
+                    batch = next(global_batches)
                 data_wait = time.perf_counter() - started
                 phase, tokens = self.timeline.phase(batch.first_sample), self.timeline.tokens(batch.first_sample)
                 rate = learning_rate(config.optimizer.learning_rate, tokens, phase.tokens_per_step)
@@ -106,14 +110,13 @@ class Trainer:
                 if self._too_many_refused(batch, step):
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
-                    flops = phase.tokens_per_step * flops_per_token(config.model, phase.sequence_length)
-                    interval.add(step.losses, phase.tokens_per_step, flops, time.perf_counter() - started, data_wait)
+                    interval.add(config.model, phase, step, rate, time.perf_counter() - started, data_wait)
                 device = self.engine.topology.device
                 stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
                 if self.writer.pending and not writing:
                     self.writer.finish()
                 if interval.steps and (stopping or self._due(config.logging.interval_steps)):
-                    self._report(interval, rate, step.gradient_norm)
+                    self._report(interval)
                     interval = _Interval()
                 if self._due(config.validation.interval_steps):
                     self._validate()
@@ -129,8 +132,10 @@ class Trainer:
         number, too_many = self.progress.step + 1, False
         if step.applied:
             self.guard.applied(step.gradient_norm)
+            self.reasons.clear()
         else:
             reason = self.guard.objection(step.losses.loss, step.gradient_norm)
+            self.reasons.append(f"step {number}: {reason}")
             too_many = self.guard.skipped(batch.first_sample)
             if self.log is not None:
                 self.log.skipped(step=number, consumed_samples=batch.end_sample, reason=str(reason))
@@ -146,33 +151,41 @@ class Trainer:
         """Load the newest checkpoint from before the refused steps in a row, and pass over their samples.
 
         Raises:
-            UserError: there is none, or the run went back to it before.
+            UserError: there is none, or the run went back shortly before.
         """
         self.watchdog.beat(f"going back after step {self.progress.step}")
         self.writer.finish()
         bad, number = self.guard.state, self.progress.step
         assert bad.first_skipped_sample is not None
         passed_over = (bad.first_skipped_sample, self.progress.consumed_samples)
-        found = load_newest(self.run.checkpoints, self.engine, before_sample=bad.first_skipped_sample)
-        trouble = f"step {number:,}: {bad.skips_in_a_row} steps in a row could not be applied (the log says why)"
+        trouble = f"{bad.skips_in_a_row} steps in a row could not be applied ({'; '.join(self.reasons)})"
         advice = "lower the learning rate to come, as LLaDA's authors did, or look at the data, and run again"
+        # By the number of steps, not by which checkpoints there are: a signal may have saved one more.
+        since = number - bad.skips_in_a_row - (bad.went_back_to or 0)
+        if bad.went_back_to is not None and since < self.config.checkpoint.interval_steps:
+            raise UserError(
+                f"{trouble}, and the run went back to step {bad.went_back_to:,} for such steps already; it stops. Its "
+                f"checkpoints are sound: {advice}"
+            )
+        found = load_newest(self.run.checkpoints, self.engine, before_sample=passed_over[0])
         if found is None:
             raise UserError(f"{trouble}, and there is no checkpoint from before them to go back to; {advice}")
         folder, self.progress = found
-        if self.progress.step == bad.went_back_to:
-            raise UserError(
-                f"{trouble}, and the run went back to step {bad.went_back_to:,} once already; it stops. {folder} is "
-                f"sound: {advice}"
-            )
+        self.timeline = self.timeline.passing_over(*passed_over)
+        self.end_samples = self.timeline.end_samples
+        check_phases(self.config, self.timeline, self.progress.consumed_samples, self.engine.topology.world_size)
+        self.loader = self.loader.at(self.timeline)
         self.guard = Guard(self.config.guard, self.progress.guard)
-        self.guard.went_back(self.progress.step, passed_over, bad.skips_in_a_row)
+        self.guard.went_back(self.progress.step, bad.skips_in_a_row)
+        with self.engine.topology.failing_together():
+            if self.engine.topology.is_main:
+                remove_newer(folder)
         if self.log is not None:
-            remove_newer(folder)
-            self.log.went_back(step=self.progress.step, from_step=number, passed_over=passed_over)
+            self.log.went_back(step=self.progress.step, from_step=number, passed_over=passed_over, reasons=self.reasons)
+        self.reasons.clear()
 
     def _complete(self) -> bool:
-        consumed = next_sample(self.progress.consumed_samples, self.guard.state.passed_over)
-        return consumed >= self.end_samples
+        return self.timeline.next_step(self.progress.consumed_samples) >= self.end_samples
 
     def _due(self, interval_steps: int) -> bool:
         """Every so many steps, and at the end of the run."""
@@ -187,7 +200,7 @@ class Trainer:
         interval, step = self.config.training.replica_check_interval_steps, self.progress.step + 1
         return step if interval is not None and step % interval == 0 else None
 
-    def _report(self, interval: _Interval, rate: float, gradient_norm: float) -> None:
+    def _report(self, interval: _Interval) -> None:
         if self.log is None:
             return
         self.log.train(
@@ -195,8 +208,8 @@ class Trainer:
             consumed_samples=self.progress.consumed_samples,
             tokens=self._tokens(),
             loss=interval.losses.loss / interval.steps,
-            learning_rate=rate,
-            grad_norm=gradient_norm,
+            learning_rate=interval.learning_rate,
+            grad_norm=interval.gradient_norm,
             tokens_per_second=interval.tokens / interval.seconds,
             model_flops_per_second=interval.flops / interval.seconds,
             data_wait_seconds=interval.data_wait / interval.steps,

@@ -116,14 +116,21 @@ class MetricsLog:
         self._append({"kind": "skip", "step": step, "consumed_samples": consumed_samples, "reason": reason})
         self._tell(f"[bold]step {step:>7,}[/]  [yellow]not applied: {reason}[/]")
 
-    def went_back(self, *, step: int, from_step: int, passed_over: tuple[int, int]) -> None:
+    def went_back(
+        self, *, step: int, from_step: int, passed_over: tuple[int, int], reasons: Sequence[str] = ()
+    ) -> None:
         """Drop what came after `step`, and record that the run went back there, to pass over samples [first, end)."""
-        self.close()
-        self._open(step)
+        try:
+            if not self._file.failing:  # else the steps will be there twice, but nothing is lost
+                old = self._file, self._tensorboard
+                self._open(step)
+                for file in old:
+                    file.close()
+        except UserError as error:
+            warn(f"{error}; the run goes on")
         first, end = passed_over
-        self._append(
-            {"kind": "went_back", "step": step, "from_step": from_step, "first_sample": first, "end_sample": end}
-        )
+        record = {"kind": "went_back", "step": step, "from_step": from_step, "reasons": list(reasons)}
+        self._append({**record, "first_sample": first, "end_sample": end})
         self._tell(
             f"[bold]step {from_step:>7,}[/]  [yellow]going back to step {step:,}, passing over samples {first:,} to "
             f"{end - 1:,}[/]"
@@ -151,7 +158,7 @@ class _LogFile:
         self._path = path
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        self._failing = False
+        self.failing = False
 
     def write(self, data: bytes) -> None:
         self._unwritten += data
@@ -159,13 +166,13 @@ class _LogFile:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            if not self._failing:
+            if not self.failing:
                 warn(f"{self._path}: cannot be written: {error.strerror}; the run goes on and keeps trying")
-            self._failing = True
+            self.failing = True
         else:
-            if self._failing:
+            if self.failing:
                 warn(f"{self._path}: is written again; nothing is missing")
-            self._failing = False
+            self.failing = False
 
     def close(self) -> None:
         self._file.close()

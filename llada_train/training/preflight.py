@@ -8,8 +8,10 @@ from llada_train.checkpoint.manifest import read_manifest
 from llada_train.checkpoint.store import is_hf_folder, resolve
 from llada_train.config.errors import UserError
 from llada_train.config.load import differences, load_config
+from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.rows import PretrainingData
+from llada_train.data.timeline import Timeline
 from llada_train.training.metrics import read_metrics
 from llada_train.training.run_folder import RunFolder
 
@@ -37,6 +39,26 @@ def open_inputs(
     if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
         _check_checkpoint(config.init_from, config.model)
     return inputs
+
+
+def check_phases(config: Config, timeline: Timeline, consumed_samples: int, world_size: int) -> None:
+    """What holds from `consumed_samples` on has to fit the layout, too, where it is not what the config says now.
+
+    Raises:
+        UserError: an earlier batch size or sequence length, still in force, does not fit the processes.
+    """
+    for phase in timeline.phases[timeline.phases.index(timeline.phase(consumed_samples)) :]:
+        training = config.training.model_copy(update={"global_batch_size": phase.global_batch_size})
+        data = config.data.model_copy(update={"sequence_length": phase.sequence_length})
+        then = config.model_copy(update={"training": training, "data": data, "schedule": []})
+        problems = cross_section_problems(then) or check_world_size(then, world_size)
+        if problems:
+            told = "\n  ".join(f"{key}: {message}" for key, message in problems)
+            raise UserError(
+                f"{config.run_dir}: from sample {max(consumed_samples, phase.first_sample):,} on the run has batches "
+                f"of {phase.global_batch_size} × {phase.sequence_length} tokens, until the next change can begin; the "
+                f"layout does not fit them:\n  {told}\ngive another layout until then"
+            )
 
 
 def _check_checkpoint(path: Path, model: ModelConfig) -> None:

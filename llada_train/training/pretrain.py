@@ -20,7 +20,7 @@ from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plot_curves, warn
-from llada_train.training.preflight import Inputs
+from llada_train.training.preflight import Inputs, check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
@@ -37,7 +37,6 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
     config, data, run = inputs.config, inputs.data, inputs.run
     if topology.rank() == 0:
         run.prepare()
-        run.record_changes()
     if config.training.deterministic:
         topology.make_deterministic()
     watchdog.beat("joining the other processes")
@@ -51,8 +50,12 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
         writer = CheckpointWriter(run.checkpoints, engine)
         timeline = Timeline(config, progress.phases, progress.consumed_samples)
         end_tokens = timeline.tokens(timeline.end_samples)
+        check_phases(config, timeline, progress.consumed_samples, here.world_size)
+        log = None
         with here.failing_together():
-            log = MetricsLog(run.path, progress.step, end_tokens) if here.is_main else None
+            if here.is_main:
+                run.record_changes(progress)
+                log = MetricsLog(run.path, progress.step, end_tokens)
         trainer = Trainer(
             config=config,
             engine=engine,

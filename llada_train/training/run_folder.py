@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from llada_train.checkpoint.manifest import Manifest
+from llada_train.checkpoint.manifest import Manifest, Progress
 from llada_train.checkpoint.store import FOLDER, newest_manifest
 from llada_train.config.errors import UserError
-from llada_train.config.load import save_config
+from llada_train.config.load import load_config, save_config
 from llada_train.config.schema import Config
 from llada_train.training.changes import config_changes
 
@@ -42,15 +42,21 @@ class RunFolder:
             self._check_config(manifest, accept_config_changes)
 
     def _check_config(self, manifest: Manifest, accept: bool) -> None:
-        self._progress = manifest.progress
         changes = config_changes(manifest.config, manifest.progress, self._config)
-        if changes.impossible or (changes.possible and not accept):
+        if changes.impossible or (changes.possible and not accept and not self._is_the_last_config()):
             remedy = "give another run_dir, or the run's own settings"
             if not changes.impossible:
                 remedy = f"{changes.hint}give --accept-config-changes to go on with these settings; or {remedy}"
             heading = f"{self.path}: belongs to a run with another config (stored there → given now):"
             raise UserError("\n  ".join([heading, *changes.impossible, *changes.possible]) + f"\n{remedy}")
         self.accepted_changes = list(changes.possible)
+
+    def _is_the_last_config(self) -> bool:
+        """Has the run had this config before, though the newest checkpoint that is left does not know of it?"""
+        try:
+            return load_config(self._stored) == self._config
+        except UserError:
+            return False
 
     def prepare(self) -> None:
         """Make the folder, keep other runs out of it and write the resolved config into it; on one process.
@@ -67,8 +73,8 @@ class RunFolder:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def record_changes(self) -> None:
-        """Note down the accepted changes of config, once; on one process that holds the lock.
+    def record_changes(self, progress: Progress) -> None:
+        """Note down that the run goes on from `progress` with the changes accepted; on one process, which has the lock.
 
         Raises:
             UserError: it cannot be written.
@@ -76,8 +82,8 @@ class RunFolder:
         if not self.accepted_changes:
             return
         record = {
-            "step": self._progress.step,
-            "consumed_samples": self._progress.consumed_samples,
+            "step": progress.step,
+            "consumed_samples": progress.consumed_samples,
             "changes": self.accepted_changes,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -87,8 +93,9 @@ class RunFolder:
             known = path.read_text(encoding="utf-8") if path.exists() else ""
             # A run that was killed before its next checkpoint goes on from the same one again: only the date differs.
             if line.partition(', "date"')[0] not in known:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text(f"{known}{line}\n", encoding="utf-8")
+                temporary.replace(path)
         except OSError as error:
             raise self._unwritable(error) from None
 

@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
 def train(
     config_file: Path, overrides: list[str], numbers: list[int], refused: int | None, spoilt: int | None
 ) -> Outcome:
-    """Steps on the batches of these numbers; the first rank refuses one, a weight of another is NaN on the last."""
+    """Steps on the batches of these numbers; one is refused, a weight of another is NaN on the last rank."""
     config = load_config(config_file, overrides, topology.world_size())
     here = topology.initialize(config.parallel)
     engine = initial_engine(config, here)
@@ -30,7 +30,7 @@ def train(
         batches = loader.global_batch(number * config.training.global_batch_size)
         if number == spoilt and here.rank == here.world_size - 1:
             batches[0].loss_weight[0] = float("nan")
-        refuses = number == refused and here.rank == 0
+        refuses = number == refused
         steps.append(engine.train_step(batches, 1e-3, lambda loss, norm, refuses=refuses: not refuses))
     state = digest_of_state(engine)
     topology.shutdown()

@@ -1,4 +1,4 @@
-"""A step that one rank refuses, or whose gradient is not finite, is applied nowhere and leaves no trace."""
+"""A step that is refused, or whose gradient is not finite, is applied nowhere and leaves no trace."""
 
 import math
 from collections.abc import Callable

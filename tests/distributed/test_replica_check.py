@@ -184,7 +184,7 @@ def trainer_of_ten_steps(
     def save(progress: Progress) -> None:
         events.append(("save", progress.step))
 
-    def batches(first: int, last: int, passed_over: Any) -> Iterator[GlobalBatch]:
+    def batches(first: int, last: int) -> Iterator[GlobalBatch]:
         size = config.training.global_batch_size
         for sample in range(first, last, size):
             yield GlobalBatch(sample, sample + size, [])
@@ -199,7 +199,7 @@ def trainer_of_ten_steps(
         timeline=Timeline(config),
         validation=[],
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
-        writer=SimpleNamespace(start=save, save=save, finish=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
+        writer=SimpleNamespace(start=save, save=save, settle=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
         log=None,
         stop=SimpleNamespace(received=False),  # type: ignore[arg-type]
         watchdog=SimpleNamespace(beat=lambda doing: None),  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import FOLDER, checkpoints
 from llada_train.config.load import load_config
 from llada_train.training.metrics import read_metrics
-from llada_train.training.run_folder import RunFolder
+from llada_train.training.run_folder import lock
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
@@ -164,11 +164,9 @@ def test_prune_keeps_what_it_is_told_and_the_newest_sound_one(copy: Path, run_co
     assert [line.split(":")[0] for line in said] == [f"would remove {root_of(copy)}/step-0000000{i}" for i in (2, 6)]
     assert last == f"2 checkpoints, {freed / 1e6:,.1f} MB to be freed" and len(names(copy)) == 5
 
-    run_folder = RunFolder(load_config(copy))
-    run_folder.lock()
-    done = run_command(*prune, "--keep", "1")
+    with lock(load_config(copy).run_dir):
+        done = run_command(*prune, "--keep", "1")
     assert done.returncode == 2 and "another run is at work" in done.stderr and len(names(copy)) == 5
-    run_folder._lock.close()
 
     done = run_command(*prune, "--keep", "2", "--keep-every-steps", "4")
     assert done.stdout.splitlines()[-1] == f"2 checkpoints, {freed / 1e6:,.1f} MB freed"

@@ -138,7 +138,10 @@ def test_a_rank_that_hangs_is_found(tiny_data: Path, tmp_path: Path, disturbance
     assert any("all_reduce" in line for line in told[0]) and any("thread MainThread" in line for line in told[0])
     if disturbance == "sleeps":
         assert any('File "<string>"' in line and "<lambda>" in line for line in told[1])
-    assert saved_step(run.folder) == last_step(run.folder) == 2
+    assert last_step(run.folder) == 2 and saved_step(run.folder) in (
+        0,
+        2,
+    )  # a save becomes a checkpoint at a step's end
 
 
 def test_a_corpus_that_vanishes(tiny_data: Path, tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ def test_too_many_in_a_row_go_back_to_the_checkpoint_and_pass_over_the_samples(
     told = f"going back to step 5, passing over samples {bad.start} to {bad.stop - 1}"
     assert any(told in line for line in output.splitlines())
     progress = last_progress(config)
-    assert progress.guard.passed_over == ((bad.start, bad.stop),)
+    before, after = progress.phases
+    assert (before.end_sample, after.first_sample, after.first_token) == (bad.start, bad.stop, bad.stop * 32)
     assert (progress.step, progress.consumed_samples) == (STEPS - len(BAD), STEPS * SAMPLES)
     records = [record for record in read_metrics(config.parent / "run") if record["kind"] == "train"]
     assert [record["step"] for record in records] == list(range(1, STEPS - len(BAD) + 1))
@@ -110,7 +111,15 @@ def test_too_many_in_a_row_go_back_to_the_checkpoint_and_pass_over_the_samples(
 
 
 def test_a_stop_amid_bad_steps_changes_nothing(tiny_data: Path, tmp_path: Path, skipped: Path) -> None:
-    config = new_run(tiny_data, tmp_path / "stopped", guard__max_skips=len(BAD))
+    """Nor do lines of the log and checkpoints that fall due amid them, when only one checkpoint is kept."""
+    checkpoint = {"interval_steps": 2, "keep": 1}
+    config = new_run(
+        tiny_data,
+        tmp_path / "stopped",
+        guard__max_skips=len(BAD),
+        checkpoint=checkpoint,
+        logging__interval_steps=2,
+    )
     processes = start(config, samples_of(BAD))
     deadline = time.monotonic() + 120
     while not any(record["kind"] == "skip" for record in read_metrics(config.parent / "run")):
@@ -129,6 +138,6 @@ def test_what_goes_on_being_bad_stops_the_run(tiny_data: Path, tmp_path: Path) -
     config = new_run(tiny_data, tmp_path / "hopeless", guard__max_skips=2)
     output, errors = finish(start(config, samples_of(range(7, STEPS + 1))), 2)
     assert output.count("not applied: loss nan") == 4
-    assert "went back to step 5 once already" in errors
+    assert "went back to step 5 for such steps already" in errors and "step 8: loss nan" in errors
     assert len(errors.splitlines()) == 1
     assert last_progress(config).step == 5

@@ -43,6 +43,8 @@ writer._buffer = None
 found["first"] = extra(lambda: writer.save(Progress(step=1, consumed_samples=4)))
 found["second"] = extra(lambda: writer.save(Progress(step=2, consumed_samples=8)))
 other = StandInEngine(config, seed=1)
+load_newest(root, other)
+other = StandInEngine(config, seed=2)
 found["load"] = extra(lambda: load_newest(root, other))
 print(json.dumps(found))
 """

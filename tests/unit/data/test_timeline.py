@@ -1,5 +1,6 @@
 """The phases of a run against a walk step by step, and what its samples read against a walk along each corpus."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_accepted_changes_hold_from_the_next_boundary_and_leave_the_past(
 ) -> None:
     """Whatever the new config says of the past; what is in force changes at the first boundary, not later or sooner."""
     old = Timeline(before)
-    consumed = data.draw(st.sampled_from(list(old.steps(0, old.end_samples))))
+    consumed = data.draw(st.sampled_from([*list(old.steps(0, old.end_samples))[1:], old.end_samples]))
     new = Timeline(after, old.begun(consumed), consumed)
     assert new.begun(consumed) == old.begun(consumed)
     for first, second in zip(new.phases, new.phases[1:], strict=False):
@@ -176,6 +177,37 @@ def test_accepted_changes_hold_from_the_next_boundary_and_leave_the_past(
     assert tuple(phases[:-1]) in (old.begun(consumed), old.begun(consumed)[:-1])
     tokens = reads(after, new, [5, 5, 5])
     assert [token for *_, token in tokens] == [i % 12 for i in range(len(tokens))]
+
+
+@settings(max_examples=60)
+@given(configs(), configs(), st.data())
+def test_passing_over_whole_steps_moves_no_other(config: Config, later: Config, data: st.DataObject) -> None:
+    """Nor do a restart and changes that are still to come, before the samples or within them."""
+    timeline, passed = Timeline(config), set[int]()
+    for _ in range(data.draw(st.integers(1, 2))):
+        starts = [*timeline.steps(0, timeline.end_samples), timeline.end_samples]
+        first, end = sorted(data.draw(st.tuples(*[st.sampled_from(starts[1:])] * 2)))
+        if first == end or any(first <= sample < end for sample in passed):
+            continue
+        old, timeline = steps_of(timeline), timeline.passing_over(first, end)
+        passed.update(range(first, end))
+        before, after = ([step for step in old if step[0] < first], [step for step in old if step[0] >= end])
+        new = steps_of(timeline)
+        assert [step for step in new if step[0] < first] == before
+        boundary = next((phase.first_sample for phase in timeline.phases if phase.first_sample > end), 10**9)
+        same = [step for step in new if end <= step[0] < boundary]
+        assert same == after[: len(same)]
+
+    for consumed in [sample for sample in timeline.steps(0, timeline.end_samples) if sample > 0]:
+        recorded = timeline.begun(consumed)
+        again = Timeline(config, recorded, consumed)
+        assert steps_of(again, consumed) == steps_of(timeline, consumed)
+        changed = Timeline(later, recorded, consumed)
+        found = steps_of(changed, consumed)
+        trained = {sample for first, _, _, size, _ in found for sample in range(first, first + size)}
+        assert not passed & trained
+        for step, following in pairwise(found):
+            assert following[0] == changed.next_step(step[0] + step[3])
 
 
 def test_by_hand() -> None:

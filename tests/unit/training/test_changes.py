@@ -59,12 +59,6 @@ def test_free_changes(compare: Callable[..., ConfigChanges], settings: dict[str,
     ("settings", "lines", "announced"),
     [
         ({"training__global_batch_size": 32}, ["training.global_batch_size: 16 → 32"], True),
-        (
-            {"data__sequence_length": 16, "data__block_length": 32},
-            ["data.sequence_length: 32 → 16 (the validation rows change with it, as they do not if the schedule "
-             "changes it)"],
-            True,
-        ),
         ({"schedule": SCHEDULE[1:], "data__block_length": 32}, ["schedule.0.from_tokens: 600 → None"], False),
         ({"schedule": [{"from_tokens": 700, "sequence_length": 16}]}, ["schedule.0.from_tokens: 600 → 700"], False),
         ({"data__corpora": [CORPORA[0], {"path": "b", "weight": 3}]}, ["data.corpora.1.weight: 2.0 → 3.0"], True),
@@ -96,6 +90,10 @@ def test_changes_that_have_to_be_accepted(
             {"schedule": [SCHEDULE[0], {"from_tokens": 4000, "sequence_length": 64}]},
             "data.block_length: 32 → 64 (the data is shuffled in pieces of it, fixed when the run began; "
             "give data.block_length=32)",
+        ),
+        (
+            {"data__sequence_length": 16, "data__block_length": 32},
+            "data.sequence_length: 32 → 16 (schedule.0 has set it since; add a change to `schedule`)",
         ),
         ({"data__corpora": CORPORA[:1]}, "data.corpora.1.path: b → None (corpora keep their places"),
         ({"data__corpora": CORPORA[::-1]}, "data.corpora.0.path: a → b (corpora keep their places"),

@@ -10,6 +10,8 @@ from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.training.run_folder import RunFolder
 
+PROGRESS = Progress(step=5, consumed_samples=80)
+
 
 def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(make_config: Callable[..., Path]) -> None:
     config = load_config(make_config())
@@ -32,7 +34,7 @@ def begun(make_config: Callable[..., Path]) -> Path:
     manifest = Manifest(
         format=FORMAT,
         saved=datetime.now(UTC),
-        progress=Progress(step=5, consumed_samples=80),
+        progress=PROGRESS,
         optimizer_steps=5,
         versions={},
         config=config,
@@ -65,7 +67,7 @@ def test_an_accepted_change_is_noted_down_once(begun: Path) -> None:
         run = RunFolder(changed, accept_config_changes=True)
         assert run.accepted_changes == ["training.global_batch_size: 16 → 32"]
         run.prepare()
-        run.record_changes()
+        run.record_changes(PROGRESS)
         run.release()
     (line,) = (run.path / "config_changes.jsonl").read_text(encoding="utf-8").splitlines()
     record = json.loads(line)
@@ -73,8 +75,14 @@ def test_an_accepted_change_is_noted_down_once(begun: Path) -> None:
     assert record == {"step": 5, "consumed_samples": 80, "changes": ["training.global_batch_size: 16 → 32"]}
     assert load_config(run.path / "config.yaml") == changed
 
-    RunFolder(load_config(begun, ["objective.epsilon=0.01"]), accept_config_changes=True).record_changes()
+    RunFolder(load_config(begun, ["objective.epsilon=0.01"]), accept_config_changes=True).record_changes(PROGRESS)
     assert len((run.path / "config_changes.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_what_was_accepted_once_needs_no_flag_if_a_checkpoint_from_before_is_gone_on_with(begun: Path) -> None:
+    changed = load_config(begun, ["training.global_batch_size=32"])
+    RunFolder(changed, accept_config_changes=True).prepare()
+    assert RunFolder(changed).accepted_changes == ["training.global_batch_size: 16 → 32"]
 
 
 def test_what_can_never_change_is_refused_even_so(begun: Path) -> None:
@@ -89,6 +97,6 @@ def test_what_can_never_change_is_refused_even_so(begun: Path) -> None:
 
 def test_without_changes_nothing_is_noted_down(begun: Path) -> None:
     run = RunFolder(load_config(begun, ["logging.interval_steps=3"]), accept_config_changes=True)
-    run.record_changes()
+    run.record_changes(PROGRESS)
     assert run.accepted_changes == []
     assert not (run.path / "config_changes.jsonl").exists()
