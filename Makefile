@@ -29,9 +29,11 @@ check: $(INSTALLED) ## Lint, format, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## Speed and memory of the engine against a plain PyTorch loop, and of layouts against arithmetic
+bench: $(INSTALLED) ## Engine against a plain loop, layouts against arithmetic, checkpoints against torch's, cost of guards
 	$(BIN)/python benchmarks/engine_vs_plain.py
 	$(BIN)/python benchmarks/layouts.py
+	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/guards.py
 
 clean: ## Remove what the commands above made, .venv and runs/demo included
 	rm -rf $(VENV) runs/demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
