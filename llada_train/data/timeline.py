@@ -90,7 +90,8 @@ class Timeline:
         until = self._config.optimizer.learning_rate[-1].until_tokens
         phase = max((phase for phase in self.phases if phase.first_token < until), key=lambda phase: phase.first_token)
         steps = -(-(until - phase.first_token) // phase.tokens_per_step)
-        return phase.first_sample + steps * phase.global_batch_size
+        end = phase.first_sample + steps * phase.global_batch_size
+        return end if phase.end_sample is None else min(end, self.next_step(phase.end_sample))
 
     def next_step(self, consumed_samples: int) -> int:
         """The first sample of the step that follows; `consumed_samples` itself, if the run does not pass over it."""
