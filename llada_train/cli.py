@@ -204,10 +204,11 @@ def list_checkpoints(
     from rich.table import Table
 
     table = Table()
-    for column in ("checkpoint", "step", "samples", "tokens", "saved", "MB", "layout", ""):
-        table.add_column(column, justify="right" if column in ("step", "samples", "tokens", "MB") else "left")
+    for column in ("checkpoint", "step", "tokens", "saved", "MB", "layout", ""):
+        right = column in ("step", "tokens", "MB")
+        table.add_column(column, justify="right" if right else "left", no_wrap=bool(column))
     for one in found:
-        numbers = [f"{n:,}" if n is not None else "" for n in (one.step, one.samples, one.tokens)]
+        numbers = [f"{n:,}" if n is not None else "" for n in (one.step, one.tokens)]
         saved = one.saved.astimezone().strftime("%Y-%m-%d %H:%M") if one.saved else ""
         size = f"{one.bytes / 1e6:,.1f}" if one.bytes is not None else ""
         remark = "DAMAGED: " + escape(one.problem) if one.problem else "latest" if one.latest else ""
@@ -255,7 +256,8 @@ def prune(
                 remove(folder)
             freed += size
             typer.echo(f"{'would remove' if dry_run else 'removed'} {folder}: {size / 1e6:,.1f} MB")
-    typer.echo(f"{len(folders)} checkpoints, {freed / 1e6:,.1f} MB {'to be ' if dry_run else ''}freed")
+    count = "1 checkpoint" if len(folders) == 1 else f"{len(folders)} checkpoints"
+    typer.echo(f"{count}, {freed / 1e6:,.1f} MB {'to be ' if dry_run else ''}freed")
 
 
 @contextmanager
