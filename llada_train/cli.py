@@ -213,7 +213,7 @@ def list_checkpoints(
         size = f"{one.bytes / 1e6:,.1f}" if one.bytes is not None else ""
         remark = "DAMAGED: " + escape(one.problem) if one.problem else "latest" if one.latest else ""
         table.add_row(one.name, *numbers, saved, size, one.layout or "", remark)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a pipe has no width to fit
 
 
 @checkpoint.command()
