@@ -133,8 +133,18 @@ time.sleep(60)
 
 
 def test_a_hang_is_reported_even_if_another_worker_ends_first(tmp_path: Path) -> None:
-    script = RANK + "signal.signal(signal.SIGTERM, lambda *_: None); time.sleep(rank); sys.exit(70 if rank else 1)"
-    assert launch_local(2, worker(script)) == 70
+    script = (
+        RANK
+        + """
+if rank == 0:
+    while not Path(sys.argv[1], '1').exists(): time.sleep(0.01)
+    sys.exit(1)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(70))  # sent since rank 0 has failed
+Path(sys.argv[1], '1').touch()
+time.sleep(60)
+"""
+    )
+    assert launch_local(2, worker(script, tmp_path)) == 70
 
 
 def test_a_worker_whose_launcher_is_gone_does_not_start(tmp_path: Path) -> None:
