@@ -3,34 +3,21 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from data_tools.cleaning import cli as cleaning
+from data_tools.options import Inputs, Overwrite, TextKey, Workers, report_rejected, warn
 from llada_train.config.errors import UserError
-
-if TYPE_CHECKING:
-    from data_tools.sources import Sources
 
 app = typer.Typer(
     name="llada-data",
-    help="Prepare text for llada-train: train a tokenizer, tokenize text into a corpus.",
+    help="Prepare text for llada-train: clean it, train a tokenizer, tokenize it into a corpus.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Inputs = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="INPUT...",
-        help="Files and folders. A .jsonl file holds one document per line, any other file is one document; "
-        "folders are read with all folders in them, hidden files left out.",
-        show_default=False,
-    ),
-]
-TextKey = Annotated[str, typer.Option(help="The key of the text in .jsonl files.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 @app.command("train-tokenizer")
@@ -60,10 +47,10 @@ def train_tokenizer_command(
                 yield document.text
 
         tokenizer = train_tokenizer(texts(), vocab_size, output)
-    _report_rejected(sources)
+    report_rejected(sources)
     print(f"{output}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < vocab_size:
-        _warn(f"the text has pairs for {tokenizer.vocab_size:,} tokens only, not for {vocab_size:,}")
+        warn(f"the text has pairs for {tokenizer.vocab_size:,} tokens only, not for {vocab_size:,}")
 
 
 @app.command("tokenize")
@@ -72,7 +59,7 @@ def tokenize_command(
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder.", show_default=False)],
     output: Annotated[Path, typer.Option(help="Prefix: .bin, .idx and .json are added.", show_default=False)],
     text_key: TextKey = "text",
-    workers: Annotated[int, typer.Option(min=1, help="Processes. The output is the same for any number.")] = 1,
+    workers: Workers = 1,
     overwrite: Overwrite = False,
 ) -> None:
     """Tokenize text into a corpus in Megatron's format, with an EOS after each document."""
@@ -88,7 +75,7 @@ def tokenize_command(
             progress.update(sources.bytes_read, f"{documents:,} documents, {tokens:,} tokens")
 
         manifest = tokenize(sources, tokenizer, output, workers, overwrite, report)
-    _report_rejected(sources)
+    report_rejected(sources)
     rows = {
         "documents": f"{manifest.documents:,}",
         "tokens": f"{manifest.tokens:,}",
@@ -100,13 +87,7 @@ def tokenize_command(
         print(f"{name:15}  {value}")
 
 
-def _report_rejected(sources: "Sources") -> None:
-    for reason, count in sources.rejected.items():
-        _warn(f"left out, {reason}: {count:,}, the first in {sources.first_rejected[reason]}")
-
-
-def _warn(message: str) -> None:
-    typer.secho(f"warning: {message}", fg="yellow", err=True)
+cleaning.register(app)
 
 
 def main() -> None:

@@ -1,0 +1,88 @@
+"""What the cleaning commands write: documents as JSON lines, and a report beside them. Whole or not at all."""
+
+import fcntl
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import zstandard
+
+from llada_train.config.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+def report_path(output: Path) -> Path:
+    """Where the report on `output` lies."""
+    return output.with_name(f"{output.name}.report.json")
+
+
+def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: the name has no known suffix, or the file exists and may not be replaced.
+    """
+    if not output.name.endswith(SUFFIXES):
+        raise UserError(f"{output}: --output has to end in {', '.join(SUFFIXES)}")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{output}: already there; give another --output, or --overwrite to replace it")
+    for path in inputs:
+        if output.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{output}: is part of the input {path}; give another --output")
+
+
+@contextmanager
+def document_writer(output: Path) -> Iterator[Callable[[str], None]]:
+    """A function that appends a text as one JSON line under the key "text", compressed as the suffix says.
+
+    The file appears when the block ends; an exception, or a kill, leaves what was there before.
+
+    Raises:
+        UserError: another run is writing the same file.
+    """
+    with whole_file(output) as raw:
+        stream: BinaryIO = raw
+        if output.suffix == ".gz":
+            stream = cast(BinaryIO, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0))
+        elif output.suffix == ".zst":
+            stream = cast(BinaryIO, zstandard.ZstdCompressor().stream_writer(raw, closefd=False))
+
+        def write(text: str) -> None:
+            stream.write(json.dumps({"text": text}, ensure_ascii=False).encode("utf-8") + b"\n")
+
+        yield write
+        if stream is not raw:
+            stream.close()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` when the block ends without an exception.
+
+    Until then it has a hidden name, which no command takes for input, and which the next run uses again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = partial.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:  # or the other run has just finished, and this is its output
+            raise UserError(f"{path}: another run is writing it")
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,31 @@
+"""What the commands of `llada-data` have in common on the command line."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from data_tools.sources import Sources
+
+Inputs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="INPUT...",
+        help="Files and folders. A .jsonl file holds one document per line, any other file is one document; "
+        "folders are read with all folders in them, hidden files left out.",
+        show_default=False,
+    ),
+]
+TextKey = Annotated[str, typer.Option(help="The key of the text in .jsonl files.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes. The output is the same for any number.")]
+
+
+def report_rejected(sources: "Sources") -> None:
+    for reason, count in sources.rejected.items():
+        warn(f"left out, {reason}: {count:,}, the first in {sources.first_rejected[reason]}")
+
+
+def warn(message: str) -> None:
+    typer.secho(f"warning: {message}", fg="yellow", err=True)
