@@ -71,7 +71,7 @@ def filter_command(
     if (classifier is None) != (min_score is None):
         raise UserError("--classifier and --min-score go together: give both, or none")
     sources = Sources(inputs, text_key)
-    check_output(output, inputs, overwrite)
+    check_output(output, sources.files, overwrite)
     limits = load_rules(rules) if rules else Rules()
     settings = {"rules": limits.model_dump(mode="json"), "classifier": classifier, "min_score": min_score}
     report = Report(command="filter", inputs=[str(path) for path in inputs], settings=settings)
@@ -108,7 +108,7 @@ def dedup_command(
     from data_tools.sources import Sources
 
     sources = Sources(inputs, text_key)
-    check_output(output, inputs, overwrite)
+    check_output(output, sources.files, overwrite)
     signer = Signer(ngram, 0 if exact else bands, rows)
     settings: dict[str, object] = {"near_duplicates": not exact}
     if not exact:
@@ -158,8 +158,9 @@ def decontaminate_command(
     from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
 
+    sources = Sources(inputs, text_key)
     if output is not None and report_only is None:
-        check_output(output, inputs, overwrite)
+        check_output(output, sources.files, overwrite)
         report_file = report_path(output)
     elif report_only is not None and output is None:
         if report_only.exists() and not overwrite:
@@ -167,7 +168,6 @@ def decontaminate_command(
         report_file = report_only
     else:
         raise UserError("give --output to remove contaminated documents, or --report-only to count them; one of both")
-    sources = Sources(inputs, text_key)
     evaluations = Evaluations.read(against, ngram)
     tasks = {
         task: TaskCounts(examples=examples, examples_too_short=too_short)
@@ -178,7 +178,7 @@ def decontaminate_command(
     report = DecontaminationReport(
         command="decontaminate",
         inputs=[str(path) for path in inputs],
-        settings={"ngram": ngram, "against": [str(path) for path in against]},
+        settings={"ngram": ngram, "against": [str(path) for path in against], "removes": output is not None},
         tasks=tasks,
     )
     with ByteProgress(sources.total_bytes) as progress:
@@ -195,12 +195,16 @@ def _show(report: "Report", sources: "Sources", output: Path | None) -> None:
     """Counts on stdout; what was left out, and a sample of what each rule removed, on stderr."""
     report_rejected(sources)
     removed = dict(sorted(report.removed.items(), key=lambda item: -item[1].documents))
+    verb = "removed" if output is not None else "contaminated"
     for rule, counts in removed.items():
         for sample in counts.samples[:1]:
             text = " ".join(sample.text[:SHOWN].split())
-            typer.echo(f"removed, {rule}: document {sample.document} ({sample.why}): {text}", err=True)
-    rows = [("documents", report.documents, report.text_bytes), ("kept", report.kept_documents, report.kept_text_bytes)]
-    rows += [(f"removed, {rule}", counts.documents, counts.text_bytes) for rule, counts in removed.items()]
+            typer.echo(f"{verb}, {rule}: document {sample.document} ({sample.why}): {text}", err=True)
+    rows = [
+        ("documents", report.documents, report.text_bytes),
+        ("kept" if output else "clean", report.kept_documents, report.kept_text_bytes),
+    ]
+    rows += [(f"{verb}, {rule}", counts.documents, counts.text_bytes) for rule, counts in removed.items()]
     width = max(len(name) for name, _, _ in rows)
     for name, documents, text_bytes in rows:
         print(f"{name:{width}}  {documents:>12,}  {documents / report.documents:7.2%}  {text_bytes / 1e6:>12,.1f} MB")

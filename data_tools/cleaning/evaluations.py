@@ -1,12 +1,12 @@
 """Evaluation texts, read for decontamination: the hashed n-grams of every example of every task."""
 
 import gzip
-import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -75,28 +75,40 @@ def _examples(path: Path) -> Iterator[list[str]]:
         if path.suffix == ".txt":
             yield [path.read_text(encoding="utf-8")]
             return
-        with _open(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.isspace():
-                    try:
-                        yield list(_strings(json.loads(line)))
-                    except (ValueError, RecursionError):
-                        raise UserError(f"{path}, line {number}: broken JSON") from None
+        for number, line in enumerate(_lines(path), start=1):
+            if line.strip():
+                try:
+                    yield list(_strings(json.loads(line)))
+                except UnicodeDecodeError:
+                    raise
+                except (ValueError, RecursionError):
+                    raise UserError(f"{path}, line {number}: broken JSON") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not valid UTF-8") from None
-    except (EOFError, OSError, zstandard.ZstdError) as error:
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.name.endswith(".jsonl"):
-        return path.open("rb")
+def _lines(path: Path) -> list[bytes]:
+    data = path.read_bytes()
     if path.name.endswith(".jsonl.gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.name.endswith(".jsonl.zst"):
-        return io.BufferedReader(cast(Any, zstandard.open(path, "rb")))
-    raise UserError(f"{path}: --against has to end in .jsonl, .jsonl.gz, .jsonl.zst or .txt")
+        data = gzip.decompress(data)
+    elif path.name.endswith(".jsonl.zst"):
+        data = b"".join(_frames(data))
+    elif not path.name.endswith(".jsonl"):
+        raise UserError(f"{path}: --against has to end in .jsonl, .jsonl.gz, .jsonl.zst or .txt")
+    return data.split(b"\n")
+
+
+def _frames(data: bytes) -> Iterator[bytes]:
+    """The library's own reader takes a file that is cut for one that ends."""
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        yield frame.decompress(data)
+        if not frame.eof:
+            raise EOFError("truncated")
+        data = frame.unused_data
 
 
 def _strings(value: Any) -> Iterator[str]:

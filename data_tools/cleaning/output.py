@@ -22,7 +22,8 @@ def report_path(output: Path) -> Path:
 
 
 def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
-    """
+    """`inputs` are files.
+
     Raises:
         UserError: the name has no known suffix, or the file exists and may not be replaced.
     """
@@ -32,9 +33,8 @@ def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{output}: already there; give another --output, or --overwrite to replace it")
-    for path in inputs:
-        if output.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"{output}: is part of the input {path}; give another --output")
+    if any(path.samefile(output) for path in inputs):
+        raise UserError(f"{output}: is part of the input; give another --output")
 
 
 @contextmanager
