@@ -37,13 +37,13 @@ def deduplicate(
     Raises:
         UserError: no document was read, the input changed between the passes, or a worker died. Nothing is written.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     checksums = [0, 0]
-    keys = _keys(_checked(sources, checksums, 0), signer, workers, lambda note: progress(sources.bytes_read, note))
-    first, exact = _sets(keys, 1 + signer.bands, output.parent)
-    pairs = _Pairs(signer, first, exact, samples)
-    first_pass = sources.bytes_read
     with document_writer(output) as write:
+        documents = _checked(sources, checksums, 0)
+        keys = _keys(documents, signer, workers, lambda note: progress(sources.bytes_read, note))
+        first, exact = _sets(keys, 1 + signer.bands, output.parent)
+        pairs = _Pairs(signer, first, exact, samples)
+        first_pass = sources.bytes_read
         for i, document in enumerate(_checked(sources, checksums, 1)):
             if i == len(first):
                 break  # the checksums tell

@@ -66,10 +66,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` when the block ends without an exception.
 
     Until then it has a hidden name, which no command takes for input, and which the next run uses again.
+
+    Raises:
+        UserError: the folder cannot be made or written to, or another run is writing the same file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    with os.fdopen(descriptor, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = partial.stat().st_ino == os.fstat(file.fileno()).st_ino

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +18,11 @@ from llada_train.config.errors import UserError
 
 Run = Callable[..., tuple[object, str, str]]
 
-PROSE = "The language models of {0} that we know have masked {0} words, and the {0} tokens follow to be filled. "
-GOOD = ["".join(PROSE.format(f"{name}{i}") for i in range(6)) for name in ("alpha", "beta", "gamma", "delta")]
-BAD = ["too short", "# " * 60 + "the and", "12 34 56 " * 30]
+GOOD = [
+    f"The {name} of " + " and ".join(f"{name}{i} of word{i * i}" for i in range(30))
+    for name in ("ab", "cd", "ef", "gh")
+]
+BAD = ["too short", "the and # word " * 20, "the and " + "1234 5678 " * 30]
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_filter(texts: Path, tmp_path: Path, llada_data: Run, workers: int) -> N
     assert report["removed"]["min_words"]["samples"] == [{"document": 1, "why": "measured 2", "text": "too short"}]
     assert (report["documents"], report["kept_documents"], report["rejected"]) == (7, 4, {"broken JSON": 1})
     assert report["settings"]["rules"]["min_words"] == 50
-    assert "documents                                7  100.00%" in out
+    assert re.match(r"documents +7  100.00% +0.0 MB\nkept +4   57.14% ", out)
     assert f"left out, broken JSON: 1, the first in {texts}, line 8" in err
     assert "removed, min_words: document 1 (measured 2): too short" in err
 
@@ -87,8 +89,8 @@ def test_rules_and_compression(texts: Path, tmp_path: Path, llada_data: Run) -> 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_classifier_of_the_user(texts: Path, tmp_path: Path, llada_data: Run, workers: int) -> None:
     (tmp_path / "quality.py").write_text(
-        "SCORES = {'alpha': 0.9, 'beta': 0.3, 'gamma': 0.5}\n"
-        "def score(texts):\n    return [SCORES.get(text.split()[4][:-1], float('nan')) for text in texts]\n"
+        "SCORES = {'ab': 0.9, 'cd': 0.3, 'ef': 0.5}\n"
+        "def score(texts):\n    return [SCORES.get(text.split()[1], float('nan')) for text in texts]\n"
     )
     classifier = ("--classifier", f"{tmp_path / 'quality.py'}:score", "--min-score", 0.5)
     output = tmp_path / "out.jsonl"
@@ -99,7 +101,7 @@ def test_a_classifier_of_the_user(texts: Path, tmp_path: Path, llada_data: Run, 
 
 
 def test_dedup_and_decontaminate(texts: Path, tmp_path: Path, llada_data: Run) -> None:
-    (tmp_path / "more.txt").write_text(GOOD[1].replace("beta3", "changed", 1))
+    (tmp_path / "more.txt").write_text(GOOD[1].replace("cd3", "changed", 1))
     output = tmp_path / "unique.jsonl.zst"
     code, out, err = llada_data("dedup", texts, tmp_path / "more.txt", texts, "--output", output)
     assert code == 0, err
@@ -110,7 +112,7 @@ def test_dedup_and_decontaminate(texts: Path, tmp_path: Path, llada_data: Run) -
     assert report_on(output)["settings"]["found_by_similarity"]["0.8"] == 0.9235  # 1 − (1 − 0.8^8)^14
 
     (tmp_path / "quiz.jsonl").write_text(
-        json.dumps({"q": GOOD[2][4:130].upper(), "a": ["yes"]}) + "\n" + json.dumps({"q": "what?"}) + "\n"
+        json.dumps({"q": GOOD[2][7:130].upper(), "a": ["yes"]}) + "\n" + json.dumps({"q": "what?"}) + "\n"
     )
     for workers in (1, 2):
         output = tmp_path / f"clean{workers}.jsonl"
@@ -144,7 +146,7 @@ def test_dedup_and_decontaminate(texts: Path, tmp_path: Path, llada_data: Run) -
         ("dedup empty --output out.jsonl", "empty text: none of the inputs has a document"),
         ("decontaminate IN --against empty", "give --output to remove contaminated documents, or --report-only"),
         ("decontaminate IN --against no.jsonl --report-only r.json", "no.jsonl: cannot be read: No such file"),
-        ("dedup IN --output file/out.jsonl", "Not a directory"),
+        ("dedup IN --output file/out.jsonl", "file/out.jsonl: cannot be written: File exists"),
     ],
 )
 def test_errors_are_one_message_and_write_nothing(
@@ -180,20 +182,20 @@ def test_an_existing_output_is_kept(texts: Path, tmp_path: Path, llada_data: Run
 
 def test_killed_with_9_it_leaves_nothing_and_can_be_run_again(texts: Path, tmp_path: Path, llada_data: Run) -> None:
     output = tmp_path / "out" / "out.jsonl"
-    os.mkfifo(tmp_path / "wait")
-    # The classifier is reached when the first documents are being written; it waits until the test has seen that.
+    # The classifier is reached when the output is open; then it waits for ever.
     (tmp_path / "slow.py").write_text(
-        f"def score(texts):\n    open({str(tmp_path / 'wait')!r}, 'w').close()\n    import signal\n    signal.pause()\n"
+        "import signal\ndef score(texts):\n    print('reached', flush=True)\n    signal.pause()\n"
     )
     classifier = ("--classifier", f"{tmp_path / 'slow.py'}:score", "--min-score", "0")
     arguments = ["filter", str(texts), "--output", str(output), *classifier]
-    running = subprocess.Popen([sys.executable, "-m", "data_tools.cli", *arguments])
-    with (tmp_path / "wait").open():
+    command = [sys.executable, "-m", "data_tools.cli", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "reached\n"
         code, _, err = llada_data("filter", texts, "--output", output)
-        assert code == 2
-        assert "out.jsonl: another run is writing it" in err
         running.kill()
-        running.wait()
+    assert code == 2
+    assert "out.jsonl: another run is writing it" in err
     assert [path.name for path in output.parent.iterdir()] == [".out.jsonl.partial"]
     assert list(Sources([output.parent]).files) == []  # no command takes it for input
     assert llada_data("filter", texts, "--output", output)[0] == 0
@@ -214,12 +216,3 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
             pass
         assert path.read_text() == "old"
     assert (path.read_text(), list(tmp_path.iterdir())) == ("new", [path])
-
-
-def test_the_commands_help_answers_without_heavy_imports() -> None:
-    program = "import sys; from data_tools.cli import app; app(standalone_mode=False); print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "dedup", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "Jaccard" in done.stdout
-    assert not {"numpy", "rensa", "pydantic", "zstandard"} & set(done.stdout.split())
