@@ -98,7 +98,7 @@ def dedup_command(
     Exact duplicates have the same text but for white space. Near duplicates are found by MinHash: two documents whose
     sets of word runs have Jaccard similarity s are found with probability 1 − (1 − s^rows)^bands; with the defaults
     that is 5 % for s = 0.5, 56 % for 0.7, 77 % for 0.75, 92 % for 0.8 and more than 99.9 % for 0.9. Duplicates of
-    duplicates go, too. It reads the input twice, and needs about 60 bytes of memory and 120 of disk per document.
+    duplicates go, too. It reads the input twice, and needs 40 to 80 bytes of memory and 120 of disk per document.
     """
     from data_tools.cleaning.dedup import deduplicate
     from data_tools.cleaning.minhash import Signer
