@@ -117,7 +117,7 @@ def join_equal(first: np.ndarray, keys: np.ndarray) -> None:
         if not apart.any():
             return
         a, b = a[apart], b[apart]
-        np.minimum.at(first, high[apart], low[apart])
+        first[high[apart]] = low[apart]  # of several, any: those that lose come again
         while not np.array_equal(shorter := first[first], first):
             first[:] = shorter
 

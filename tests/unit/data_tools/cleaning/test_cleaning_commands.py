@@ -80,6 +80,7 @@ def test_rules_and_compression(texts: Path, tmp_path: Path, llada_data: Run) -> 
     for output in outputs:
         assert llada_data("filter", texts, "--output", output, "--rules", tmp_path / "rules.yaml")[0] == 0
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert outputs[0].read_bytes()[4:8] == bytes(4)  # no time
     assert outputs[2].read_bytes() == outputs[3].read_bytes()
     expected = "".join(json.dumps({"text": text}) + "\n" for text in [GOOD[0], "too short", *GOOD[1:]])
     assert gzip.decompress(outputs[0].read_bytes()).decode() == expected

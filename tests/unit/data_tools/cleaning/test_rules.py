@@ -102,6 +102,18 @@ def test_each_rule_has_its_case_and_can_be_switched_off(rule: str, text: str) ->
     assert rule not in dict(broken_rules(text, off))
 
 
+def test_a_limit_itself_is_within_the_limits() -> None:
+    text = "\n".join(["- one", "two", "three", "four"])
+    assert not {"max_bullet_lines", "min_words"} & set(
+        dict(broken_rules(text, Rules(max_bullet_lines=0.25, min_words=4)))
+    )
+    assert {"max_bullet_lines", "min_words"} <= set(dict(broken_rules(text, Rules(max_bullet_lines=0.24, min_words=5))))
+
+
+def test_space_around_a_text_is_no_paragraph() -> None:
+    assert "max_duplicate_paragraphs" not in dict(broken_rules("\n\nwords\n\n", Rules()))
+
+
 def test_good_prose_passes() -> None:
     assert list(broken_rules(f"The {PROSE} of the {PROSE[::-1]} and that", Rules())) == []
 
