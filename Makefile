@@ -29,11 +29,12 @@ check: $(INSTALLED) ## Lint, format, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## Engine against a plain loop, layouts against arithmetic, checkpoints against torch's, cost of guards
+bench: $(INSTALLED) ## Engine against a plain loop, layouts against arithmetic, checkpoints against torch's, cost of guards, cleaning
 	$(BIN)/python benchmarks/engine_vs_plain.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/guards.py
+	$(BIN)/python benchmarks/cleaning.py
 
 clean: ## Remove what the commands above made, .venv and runs/demo included
 	rm -rf $(VENV) runs/demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
