@@ -5,8 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from datetime import date
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-
-ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -97,13 +94,11 @@ def write_config(data: Path, folder: Path, **overrides: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def matrices(
-    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[dict[str, "Matrix"]]:
-    """The layout matrix of each precision; what it has compared is written as a table in the end."""
+def matrices(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Matrix"]:
+    """The layout matrix of each precision."""
     import processes
     from layouts import GLOBAL_BATCH_SIZE, MODEL, OBJECTIVE
-    from matrix import TOLERANCE, Matrix, report
+    from matrix import TOLERANCE, Matrix
 
     processes.start()
     folder = tmp_path_factory.mktemp("layouts")
@@ -111,14 +106,7 @@ def matrices(
     config = write_config(
         tiny_data, folder, objective=OBJECTIVE, training__global_batch_size=GLOBAL_BATCH_SIZE, **model
     )
-    matrices = {precision: Matrix(config, precision, folder / precision) for precision in TOLERANCE}
-    yield matrices
-    path = ROOT / "runs/layout_matrix.md"
-    if request.config.getoption("every_layout"):
-        path = ROOT / f"benchmarks/results/layout_matrix_{date.today().isoformat()}.md"
-    if any(matrix.deviations for matrix in matrices.values()):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(report(matrices), encoding="utf-8")
+    return {precision: Matrix(config, precision, folder / precision) for precision in TOLERANCE}
 
 
 @pytest.fixture

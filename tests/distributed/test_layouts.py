@@ -1,8 +1,14 @@
 """The layout matrix: same seed, data and noise give the same losses, gradient norms and weights in every layout."""
 
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
 import pytest
 from layouts import CHOSEN, Layout, every_layout
-from matrix import TOLERANCE, Matrix
+from matrix import TOLERANCE, Matrix, report
+
+ROOT = Path(__file__).parents[2]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -15,6 +21,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if every or precision == "fp32" or layout.processes <= 4  # else they take too long for every change
         ]
         metafunc.parametrize(("precision", "layout"), runs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(matrices: dict[str, Matrix], request: pytest.FixtureRequest) -> Iterator[None]:
+    """What was compared is written as a table in the end."""
+    yield
+    path = ROOT / "runs/layout_matrix.md"
+    if request.config.getoption("every_layout"):
+        path = ROOT / f"benchmarks/results/layout_matrix_{date.today().isoformat()}.md"
+    if any(matrix.deviations for matrix in matrices.values()):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(report(matrices), encoding="utf-8")
 
 
 def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: str, layout: Layout) -> None:
