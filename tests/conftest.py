@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,12 @@ from ruamel.yaml import YAML
 if TYPE_CHECKING:
     from matrix import Matrix
 
+    from llada_train.config.schema import Config
+    from llada_train.data.rows import PretrainingData
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -53,6 +59,28 @@ def copy_corpus(data: Path, folder: Path) -> Path:
     for suffix in (".bin", ".idx", ".json"):
         (folder / f"corpus{suffix}").write_bytes((data / f"corpus{suffix}").read_bytes())
     return folder / "corpus"
+
+
+def record_checkpoint(config: "Config", data: "PretrainingData", steps: int) -> None:
+    """A checkpoint without tensors: what a run would have recorded of its data after so many steps."""
+    from llada_train.checkpoint.manifest import FORMAT, Manifest, Progress, write_manifest
+    from llada_train.checkpoint.store import FOLDER, folder_name
+
+    consumed = data.timeline.first_sample(steps + 1)
+    folder = config.run_dir / FOLDER / folder_name(steps)
+    folder.mkdir(parents=True)
+    manifest = Manifest(
+        format=FORMAT,
+        saved=datetime.now(UTC),
+        progress=Progress(step=steps, consumed_samples=consumed, phases=data.timeline.begun(consumed)),
+        optimizer_steps=steps,
+        versions={},
+        config=config,
+        corpora=tuple(data.identities),
+        files={},
+        tensors={},
+    )
+    write_manifest(folder, manifest)
 
 
 def write_config(data: Path, folder: Path, **overrides: Any) -> Path:

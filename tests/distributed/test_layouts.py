@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from datetime import date
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from layouts import CHOSEN, Layout, every_layout
 from matrix import TOLERANCE, Matrix, report
-
-ROOT = Path(__file__).parents[2]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -52,6 +50,13 @@ def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: st
 def test_the_same_layout_is_repeated_bit_for_bit(matrices: dict[str, Matrix], precision: str, repeated: Layout) -> None:
     """To the last bit of every rank's masters and moments."""
     assert matrices[precision].run(repeated) == matrices[precision].run(repeated)
+
+
+def test_documents_attend_to_themselves_in_any_layout(matrices: dict[str, Matrix]) -> None:
+    """Their borders cross the slices of columns; what one process does is held against a plain loop elsewhere."""
+    matrix = matrices["fp32"]
+    layout = Layout(tensor_parallel=2, pipeline_parallel=2, context_parallel=2, sequence_parallel=True)
+    matrix.check(matrix.run(layout, "data.rows=document_attention"))
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
