@@ -16,8 +16,9 @@ install: $(INSTALLED) ## Make .venv with everything in it
 demo: $(INSTALLED) ## Text to tokens to a trained model that fills in masks, in a few minutes on two cores
 	$(BIN)/python demo/run.py
 
+# Two tests at a time, since they wait much; the tests of one file share what they start.
 test: $(INSTALLED) ## Run every test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 soak: $(INSTALLED) ## Every layout of up to 8 processes, and a run that is killed 50 times: hours on two cores
 	$(BIN)/pytest tests/distributed/test_layouts.py --every-layout

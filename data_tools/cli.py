@@ -1,15 +1,23 @@
 """`llada-data`: from text to a tokenizer and a tokenized corpus. Heavy imports wait until a command runs."""
 
+import dataclasses
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from data_tools.cleaning import cli as cleaning
 from data_tools.options import Inputs, Overwrite, TextKey, Workers, report_rejected, warn
 from llada_train.config.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from data_tools.trace import TracedRow
+    from llada_train.data.rows import PretrainingData
 
 app = typer.Typer(
     name="llada-data",
@@ -85,6 +93,91 @@ def tokenize_command(
     }
     for name, value in rows.items():
         print(f"{name:15}  {value}")
+
+
+@app.command("trace")
+def trace_command(
+    config: Annotated[Path, typer.Argument(help="The run's YAML config.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, by dotted key.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Show what this step reads.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only what this rank reads; needs --processes.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="How many processes the run has.")] = None,
+    find: Annotated[
+        str | None, typer.Option(help="Show which steps use documents that hold this text.", metavar="TEXT")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, texts whole.")] = False,
+) -> None:
+    """Which text a step of a run uses (--step), or which steps use a text (--find); nothing is run.
+
+    If the run folder has a checkpoint, what that recorded of the run so far is followed.
+    """
+    from data_tools.progress import ByteProgress
+    from data_tools.trace import find as find_uses
+    from data_tools.trace import open_run, place, trace
+
+    if (step is None) == (find is None) or find == "":
+        raise UserError("trace: give either --step N or --find TEXT")
+    settings, data = open_run(config, overrides or [])
+    if step is not None:
+        rows = trace(settings, data, step, place(settings, rank, processes))
+        if as_json:
+            _print_json(rows)
+        else:
+            _print_rows(step, data, list(rows))
+        return
+    item_size = 4  # bytes of a token, more or less; the bar is in bytes
+    found = 0
+    with ByteProgress(item_size * sum(corpus.num_tokens for corpus in data.corpora)) as progress:
+        for use in find_uses(data, str(find), lambda tokens: progress.update(item_size * tokens)):
+            found += 1
+            if as_json:
+                _print_json([use])
+                continue
+            steps = ", ".join(f"{number:,}" for number in use.steps) or "none"
+            print(
+                f"{use.corpus}, document {use.document:,} ({use.tokens:,} tokens): "
+                + ("held out, never trained on" if use.held_out else f"steps {steps}"),
+                flush=True,
+            )
+    if not found:
+        raise UserError(f"no document of {len(data.corpora)} corpora holds {find!r}")
+
+
+def _print_json(records: "Iterable[DataclassInstance]") -> None:
+    for record in records:
+        print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), flush=True)
+
+
+def _print_rows(step: int, data: "PretrainingData", rows: "Sequence[TracedRow]") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    first = rows[0].sample
+    phase = data.timeline.phase(first)
+    table = Table(
+        title=f"step {step:,}: {len(rows):,} of {phase.global_batch_size:,} rows of {phase.sequence_length:,} tokens, "
+        f"from {data.timeline.tokens(data.timeline.first_sample(step)):,} nominal tokens on"
+    )
+    for column in ("sample", "corpus", "epoch", "documents", "tokens", "t", "masked", "text"):
+        right = column in ("sample", "epoch", "tokens", "t", "masked")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for row in rows:
+        numbers = [part.number for part in row.documents]
+        documents = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,}–{numbers[-1]:,}"
+        table.add_row(
+            f"{row.sample:,}",
+            escape(row.corpus),
+            f"{row.epoch}",
+            documents,
+            f"{row.length:,}",
+            f"{row.t:.4f}",
+            f"{row.masked:,}",
+            escape(row.text[:48].replace("\n", "⏎")) + ("…" if len(row.text) > 48 else ""),
+        )
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 cleaning.register(app)

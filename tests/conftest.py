@@ -5,8 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from datetime import date
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,15 @@ from ruamel.yaml import YAML
 if TYPE_CHECKING:
     from matrix import Matrix
 
+    from llada_train.config.schema import Config
+    from llada_train.data.rows import PretrainingData
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-
-ROOT = Path(__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +59,28 @@ def copy_corpus(data: Path, folder: Path) -> Path:
     for suffix in (".bin", ".idx", ".json"):
         (folder / f"corpus{suffix}").write_bytes((data / f"corpus{suffix}").read_bytes())
     return folder / "corpus"
+
+
+def record_checkpoint(config: "Config", data: "PretrainingData", steps: int) -> None:
+    """A checkpoint without tensors: what a run would have recorded of its data after so many steps."""
+    from llada_train.checkpoint.manifest import FORMAT, Manifest, Progress, write_manifest
+    from llada_train.checkpoint.store import FOLDER, folder_name
+
+    consumed = data.timeline.first_sample(steps + 1)
+    folder = config.run_dir / FOLDER / folder_name(steps)
+    folder.mkdir(parents=True)
+    manifest = Manifest(
+        format=FORMAT,
+        saved=datetime.now(UTC),
+        progress=Progress(step=steps, consumed_samples=consumed, phases=data.timeline.begun(consumed)),
+        optimizer_steps=steps,
+        versions={},
+        config=config,
+        corpora=tuple(data.identities),
+        files={},
+        tensors={},
+    )
+    write_manifest(folder, manifest)
 
 
 def write_config(data: Path, folder: Path, **overrides: Any) -> Path:
@@ -97,13 +122,11 @@ def write_config(data: Path, folder: Path, **overrides: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def matrices(
-    tiny_data: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[dict[str, "Matrix"]]:
-    """The layout matrix of each precision; what it has compared is written as a table in the end."""
+def matrices(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, "Matrix"]:
+    """The layout matrix of each precision."""
     import processes
     from layouts import GLOBAL_BATCH_SIZE, MODEL, OBJECTIVE
-    from matrix import TOLERANCE, Matrix, report
+    from matrix import TOLERANCE, Matrix
 
     processes.start()
     folder = tmp_path_factory.mktemp("layouts")
@@ -111,14 +134,7 @@ def matrices(
     config = write_config(
         tiny_data, folder, objective=OBJECTIVE, training__global_batch_size=GLOBAL_BATCH_SIZE, **model
     )
-    matrices = {precision: Matrix(config, precision, folder / precision) for precision in TOLERANCE}
-    yield matrices
-    path = ROOT / "runs/layout_matrix.md"
-    if request.config.getoption("every_layout"):
-        path = ROOT / f"benchmarks/results/layout_matrix_{date.today().isoformat()}.md"
-    if any(matrix.deviations for matrix in matrices.values()):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(report(matrices), encoding="utf-8")
+    return {precision: Matrix(config, precision, folder / precision) for precision in TOLERANCE}
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFlo
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
+from llada_train.data.corpus import CorpusIdentity
 from llada_train.data.timeline import Phase
 
 FILE_NAME = "manifest.json"
 CHECKSUM_NAME = f"{FILE_NAME}.sha256"
 MAX_BYTES = 1 << 26  # a manifest of a 1,024-rank 8B run is about 2 MiB
-FORMAT = 2
+FORMAT = 3
 
 # A name in the checkpoint's own folder: a manifest from elsewhere must not reach out of it.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]
@@ -88,6 +89,7 @@ class Manifest(_Strict):
     optimizer_steps: Count
     versions: dict[str, str]
     config: Config
+    corpora: tuple[CorpusIdentity, ...]  # of config.data, in its order
     files: dict[FileName, FileEntry]
     tensors: dict[str, list[FragmentEntry]]
 

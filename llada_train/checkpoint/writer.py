@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from llada_train.checkpoint.manifest import FORMAT, FileEntry, FragmentEntry, Ma
 from llada_train.checkpoint.store import checkpoints, clean, expired, folder_name, put_in_place, retire, sync
 from llada_train.checkpoint.tensor_file import write_tensors
 from llada_train.config.errors import UserError
+from llada_train.data.corpus import CorpusIdentity
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.topology import broadcast
 
@@ -49,9 +51,13 @@ class CheckpointWriter:
     reads it back. The threads never talk to other ranks: when all have ended, `finish` makes their files a checkpoint.
     """
 
-    def __init__(self, root: Path, engine: Engine) -> None:
-        """Collective. Removes what saves that were killed have left in `root`."""
+    def __init__(self, root: Path, engine: Engine, corpora: Sequence[CorpusIdentity] = ()) -> None:
+        """Collective. Removes what saves that were killed have left in `root`.
+
+        `corpora`: what the engine is trained on, so that a run that goes on is known to read the same.
+        """
         self._root, self._engine, self._settings = root, engine, engine.config.checkpoint
+        self._corpora = tuple(corpora)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._buffer: Tensor | None = None
         self._saving: _Saving | None = None
@@ -209,6 +215,7 @@ class CheckpointWriter:
             optimizer_steps=saving.optimizer_steps,
             versions={package: version(package) for package in _PACKAGES},
             config=self._engine.config,
+            corpora=self._corpora,
             files={part.file: part.entry for part in parts},
             tensors=tensors,
         )

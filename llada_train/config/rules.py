@@ -75,7 +75,7 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
             f"{size} is not divisible by training.micro_batch_size {training.micro_batch_size}; "
             f"it can be {-(-size // training.micro_batch_size) * training.micro_batch_size}",
         )
-    return found + _schedule_problems(config)
+    return found + _schedule_problems(config) + _token_count_problems(config)
 
 
 def _schedule_problems(config: Config) -> list[tuple[str, str]]:
@@ -98,20 +98,39 @@ def _schedule_problems(config: Config) -> list[tuple[str, str]]:
                 f"it can be any multiple of {math.lcm(*lengths.values())}",
             )
         )
-    weights, before = {corpus.path: corpus.weight for corpus in config.data.corpora}, 0
+    weights, before = config.data.weights, 0
     for i, change in enumerate(config.schedule):
         if change.from_tokens <= before:
             message = f"{change.from_tokens:,} does not come after the change before, at {before:,}"
             found.append((f"schedule.{i}.from_tokens", message))
         before = change.from_tokens
-        unknown = [str(path) for path in change.weights if path not in weights]
+        unknown = [path for path in change.weights if path not in weights]
         weights |= {path: weight for path, weight in change.weights.items() if path in weights}
         if unknown:
-            message = f"{', '.join(unknown)}: not in data.corpora, which lists {', '.join(map(str, weights))}"
+            message = f"{', '.join(unknown)}: not in data.corpora, which lists {', '.join(weights)}"
             found.append((f"schedule.{i}.weights", message))
         elif not any(weights.values()):
             message = "every weight is 0 from here on; at least one corpus has to be trained on"
             found.append((f"schedule.{i}.weights", message))
+    return found
+
+
+def _token_count_problems(config: Config) -> list[tuple[str, str]]:
+    if config.data.corpora[0].tokens is None:
+        return []
+    found = [
+        (
+            f"schedule.{i}.weights",
+            "the corpora's shares are given as data.corpora.*.tokens of the whole run; give weights",
+        )
+        for i, change in enumerate(config.schedule)
+        if change.weights
+    ]
+    total = sum(corpus.tokens or 0 for corpus in config.data.corpora)
+    length = config.optimizer.learning_rate[-1].until_tokens
+    if total != length:
+        message = f"their tokens add up to {total:,}, but the run is {length:,} long (optimizer.learning_rate)"
+        found.append(("data.corpora", f"{message}; make them equal"))
     return found
 
 

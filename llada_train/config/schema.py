@@ -7,12 +7,14 @@ Sizes are in tokens, sequences or steps as their names say. Times, of learning-r
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+# Paths are told apart as they are spelled, but for ./ and //, which a URL needs.
+CorpusPath = Annotated[str, Field(min_length=1), AfterValidator(lambda p: p if "://" in p else str(Path(p)))]
 
 
 def problem(key: str, message: str) -> PydanticCustomError:
@@ -62,11 +64,22 @@ class ModelConfig(Section):
 class CorpusConfig(Section):
     """One tokenized corpus, `path`.bin and `path`.idx, in Megatron's format."""
 
-    path: Path
+    path: CorpusPath = Field(
+        description="prefix of the files, or a pattern (*, ?, [...]) of prefixes whose files are one corpus, in the "
+        "order of their names; a path, or a URL that fsspec reads (s3://bucket/prefix)"
+    )
     weight: NonNegativeFloat = Field(default=1.0, description="share of the tokens; 0: none, until the schedule says")
+    tokens: NonNegativeInt | None = Field(
+        default=None, description="in place of weight, for all corpora: how many of the run's nominal tokens are its"
+    )
     validation_documents: Annotated[int, Field(ge=0)] = Field(
         default=0, description="the last so many documents are held out: never trained on, read by validation"
     )
+
+    @property
+    def share(self) -> float:
+        """What its share of the tokens is in proportion to, before temperature."""
+        return self.weight if self.tokens is None else float(self.tokens)
 
 
 class DataConfig(Section):
@@ -77,7 +90,17 @@ class DataConfig(Section):
         description="tokens that stay together when a corpus is shuffled: a multiple of every sequence length, fixed "
         "for the whole run; none: the longest sequence length, the schedule's included",
     )
+    rows: Literal["packed", "document_attention"] = Field(
+        default="packed",
+        description="packed: a row attends across the documents in it, as LLaDA's do; document_attention: tokens see "
+        "only their own document, and positions begin again with each",
+    )
     corpora: Annotated[list[CorpusConfig], Field(min_length=1)]
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="shares are weight × (tokens of the corpus)^(1/temperature); 1: in proportion to size; "
+        "none: weights alone",
+    )
     prefetch: PositiveInt = Field(default=4, description="steps whose batches are made ahead of the training thread")
 
     @model_validator(mode="after")
@@ -86,9 +109,28 @@ class DataConfig(Section):
         repeated = next((path for path in paths if paths.count(path) > 1), None)
         if repeated is not None:
             raise problem("corpora", f"{repeated} is listed more than once; give it once, with the sum of the weights")
-        if not any(corpus.weight for corpus in self.corpora):
+        if not any(corpus.share for corpus in self.corpora):
             raise problem("corpora", "every weight is 0; at least one corpus has to be trained on")
         return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_mixture(self) -> "DataConfig":
+        counted = [corpus.tokens is not None for corpus in self.corpora]
+        if any(counted) and not all(counted):
+            raise problem(
+                f"corpora.{counted.index(False)}.tokens", "missing; give tokens for every corpus, or for none"
+            )
+        if any(counted) and self.temperature is not None:
+            raise problem("temperature", "the corpora's shares are given as tokens already; leave one of them out")
+        for i, corpus in enumerate(self.corpora):
+            if corpus.tokens is not None and "weight" in corpus.model_fields_set and corpus.weight != 1.0:
+                raise problem(f"corpora.{i}.weight", "its share is given as tokens already; leave one of them out")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each corpus's share is in proportion to, before temperature, by its path."""
+        return {corpus.path: corpus.share for corpus in self.corpora}
 
 
 class ObjectiveConfig(Section):
@@ -241,7 +283,7 @@ class Change(Section):
     from_tokens: PositiveInt = Field(description="nominal tokens since the start of the run")
     global_batch_size: PositiveInt | None = None
     sequence_length: PositiveInt | None = None
-    weights: dict[Path, NonNegativeFloat] = Field(
+    weights: dict[CorpusPath, NonNegativeFloat] = Field(
         default={}, description="of corpora by their path; those that are not named keep theirs"
     )
 

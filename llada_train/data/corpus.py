@@ -1,16 +1,18 @@
-"""A tokenized corpus on disk, in Megatron's indexed format: PREFIX.bin and PREFIX.idx, and PREFIX.json about them.
+"""A tokenized corpus: PREFIX.bin and PREFIX.idx in Megatron's format (llada_train.data.indexed), and PREFIX.json.
 
-PREFIX.bin is all tokens of all documents, one after another. PREFIX.idx (little-endian) is the magic `MMIDIDX\\0\\0`,
-version u64 = 1, dtype code u8, number of sequences n u64, number of document indices d u64, then lengths i32[n] in
-tokens, pointers i64[n] in bytes into the .bin, and document indices i64[d]: document i is made of the sequences
-[index[i], index[i + 1]), so that d is the number of documents + 1. We write one sequence per document and read any
-number. PREFIX.json, the manifest, is ours; corpora made by Megatron's tools have none.
+PREFIX.json, the manifest, is ours; corpora made by Megatron's tools have none.
 """
 
+import glob
+import hashlib
 import os
 import shutil
 import struct
-import weakref
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
@@ -21,13 +23,12 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llada_train.config.errors import UserError
+from llada_train.data.indexed import DTYPE_CODES, HEADER, MAGIC, MAX_SEQUENCE_LENGTH, VERSION, IndexedFile
+from llada_train.data.storage import exists, is_remote, matches, open_file
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
-DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-MAX_SEQUENCE_LENGTH = 2**31 - 1  # lengths are int32
 CHUNK = 1 << 20  # entries of the index that are in memory at once while writing
+SAMPLED_PLACES, SAMPLED_LENGTH = 16, 1024  # of a corpus, looked at when it is opened
+OPENED_AT_ONCE = 32  # requests to a remote storage
 
 
 class Manifest(BaseModel):
@@ -42,11 +43,26 @@ class Manifest(BaseModel):
     dtype: str
     eos_id: int
 
+    @property
+    def made_with(self) -> tuple[str, str, int]:
+        """What the parts of one corpus share."""
+        return self.tokenizer_fingerprint, self.dtype, self.eos_id
+
     def save(self, prefix: Path) -> None:
         """Write PREFIX.json, beside and renamed."""
         path, partial = _with_suffix(prefix, ".json"), _with_suffix(prefix, ".json.partial")
         partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+class CorpusIdentity(BaseModel):
+    """Of the corpus that a run began with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int
+    documents: int
+    sampled_sha256: str
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -168,82 +184,99 @@ def _sync(file: BinaryIO) -> None:
 
 
 class Corpus:
-    """A corpus on disk: one stream of tokens, cut into documents. Opening reads a few pages at any size.
+    """A corpus on disk or in a remote storage: one stream of tokens, cut into documents.
 
-    Both files stay open, so that a corpus that is removed under a run goes on being read. Nothing is memory-mapped: a
-    file that is cut under a memory map ends the process by SIGBUS, without a word.
+    `prefix` may be a pattern with `*`, `?` or `[…]`: the files that fit it, in the order of their names, are then one
+    stream. Opening reads a few pages at any size. Files stay open, so that a corpus that is removed under a run goes on
+    being read.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: str | Path) -> None:
         """
         Raises:
             UserError: a file is missing, truncated, of another format, or the two do not belong together.
         """
-        self.prefix = prefix
-        self._bin_path, self._idx_path, self._manifest_path = corpus_files(prefix)
-        self._check_present()
-        self._bin, self._idx = _File(self._bin_path), _File(self._idx_path)
-        header = self._idx.read(0, min(HEADER.size, self._idx.size))
-        if header[: len(MAGIC)] != MAGIC:
-            raise UserError(
-                f"{self._idx_path}: not a Megatron index (.idx); make the corpus with `llada-data tokenize`"
-            )
-        if len(header) < HEADER.size:
-            raise self._truncated(HEADER.size)
-        _, version, code, sequences, indices = HEADER.unpack(header)
-        if version != VERSION or code not in DTYPE_CODES:
-            raise UserError(
-                f"{self._idx_path}: version {version}, dtype code {code}; expected version {VERSION} and integer "
-                f"tokens (codes {', '.join(map(str, DTYPE_CODES))})"
-            )
-        expected = HEADER.size + sequences * 12 + indices * 8
-        if self._idx.size < expected:
-            raise self._truncated(expected)
-        if not sequences:
-            raise UserError(f"{self._idx_path}: the corpus has no documents")
+        self.prefix = str(prefix)
+        prefixes = _prefixes(self.prefix)
+        # Where opening is waiting for an answer, many are asked at once.
+        with ThreadPoolExecutor(OPENED_AT_ONCE if is_remote(self.prefix) else 1) as pool:
+            self._files = list(pool.map(IndexedFile, prefixes))
+        self._token_ends = list(accumulate(file.num_tokens for file in self._files))
+        self._document_ends = list(accumulate(file.num_documents for file in self._files))
+        self.num_tokens, self.num_documents = self._token_ends[-1], self._document_ends[-1]
+        self.dtype = np.result_type(*(file.dtype for file in self._files))
+        self.remote = is_remote(self.prefix)
 
-        self.dtype = np.dtype(DTYPE_CODES[code])
-        self._num_sequences = sequences
-        self.num_documents = indices - 1
-        self._check_sizes()
-        self.num_tokens = self._bin.size // self.dtype.itemsize
-
-    @property
+    @cached_property
     def manifest(self) -> Manifest | None:
-        """PREFIX.json; None if there is none.
+        """PREFIX.json, of several files the sum of theirs; None if one has none.
 
         Raises:
-            UserError: it is broken, or it describes another corpus.
+            UserError: one is broken, describes another corpus, or was made with another tokenizer than the others.
         """
-        if not self._manifest_path.is_file():
+        found = [manifest for file in self._files if (manifest := _manifest(file)) is not None]
+        first = found[0] if found else None
+        for file, manifest in zip(self._files, found, strict=False):
+            if first is not None and manifest.made_with != first.made_with:
+                raise UserError(
+                    f"{file.prefix}: was not tokenized like {self._files[0].prefix}, which {self.prefix} takes for a "
+                    "part of the same corpus; tokenize it again, or give two corpora"
+                )
+        if first is None or len(found) < len(self._files):
             return None
-        try:
-            manifest = Manifest.model_validate_json(self._manifest_path.read_bytes())
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"])) or "file"
-            raise UserError(
-                f"{self._manifest_path}: not a corpus manifest: {place}: {problem['msg']}; tokenize again"
-            ) from None
-        if (manifest.documents, manifest.tokens) != (self.num_documents, self.num_tokens):
-            raise UserError(
-                f"{self._manifest_path}: describes {manifest.documents:,} documents with {manifest.tokens:,} tokens, "
-                f"but the corpus has {self.num_documents:,} with {self.num_tokens:,}; "
-                "copy all three files, or tokenize again"
-            )
-        return manifest
+        sums = {key: sum(getattr(manifest, key) for manifest in found) for key in ("documents", "tokens", "text_bytes")}
+        return first.model_copy(update=sums)
+
+    @cached_property
+    def identity(self) -> "CorpusIdentity":
+        """What tells this corpus from another one, at the price of a few reads; however it is cut into files.
+
+        Raises:
+            UserError: as `tokens`.
+        """
+        digest = hashlib.sha256()
+        for tokens in self.sample():
+            digest.update(tokens.astype("<i8").tobytes())
+        return CorpusIdentity(tokens=self.num_tokens, documents=self.num_documents, sampled_sha256=digest.hexdigest())
+
+    def sample(self) -> list[np.ndarray]:
+        """Some stretches of tokens, spread evenly over the stream; always the same ones.
+
+        Raises:
+            UserError: as `tokens`.
+        """
+        last = max(0, self.num_tokens - SAMPLED_LENGTH)
+        starts = sorted({last * i // (SAMPLED_PLACES - 1) for i in range(SAMPLED_PLACES)})
+        return self.read([(start, min(start + SAMPLED_LENGTH, self.num_tokens)) for start in starts])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, read-only. Safe to call from several threads.
 
         Raises:
             IndexError: the range does not lie in [0, num_tokens].
-            UserError: the file was cut or became unreadable since it was opened.
+            UserError: a file was cut or became unreadable since it was opened.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a corpus of {self.num_tokens}")
-        size = self.dtype.itemsize
-        return np.frombuffer(self._bin.read(start * size, (stop - start) * size), self.dtype.newbyteorder("<"))
+        first = min(bisect_right(self._token_ends, start), len(self._files) - 1)
+        parts, begins = [], self._token_ends[first] - self._files[first].num_tokens
+        for file in self._files[first:]:
+            parts.append(file.tokens(max(start - begins, 0), min(stop - begins, file.num_tokens)))
+            begins += file.num_tokens
+            if begins >= stop:
+                break
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """`tokens` of each range; from a remote storage many at once.
+
+        Raises:
+            IndexError, UserError: as `tokens`.
+        """
+        if not self.remote:
+            return [self.tokens(*ends) for ends in ranges]
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            return list(pool.map(lambda ends: self.tokens(*ends), ranges))
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of document i, its EOS included, read-only.
@@ -263,87 +296,47 @@ class Corpus:
         """
         if not 0 <= i <= self.num_documents:
             raise IndexError(f"document {i} of a corpus of {self.num_documents}")
-        sequence = self._document(i)
-        return self.num_tokens if sequence == self._num_sequences else self._pointer(sequence) // self.dtype.itemsize
+        if i == self.num_documents:
+            return self.num_tokens
+        number = bisect_right(self._document_ends, i)
+        file = self._files[number]
+        within = i - (self._document_ends[number] - file.num_documents)
+        return self._token_ends[number] - file.num_tokens + file.document_start(within)
 
-    def _length(self, sequence: int) -> int:
-        """In tokens."""
-        return self._entry("<i", 0, sequence)
-
-    def _pointer(self, sequence: int) -> int:
-        """Where the sequence begins in the .bin, in bytes."""
-        return self._entry("<q", self._num_sequences * 4, sequence)
-
-    def _document(self, i: int) -> int:
-        """The first sequence of document i."""
-        return self._entry("<q", self._num_sequences * 12, i)
-
-    def _entry(self, kind: str, array: int, i: int) -> int:
-        """Entry i of the index's array that begins `array` bytes after the header."""
-        size = struct.calcsize(kind)
-        (value,) = struct.unpack(kind, self._idx.read(HEADER.size + array + i * size, size))
-        return int(value)
-
-    def _check_present(self) -> None:
-        missing = [path for path in (self._bin_path, self._idx_path) if not path.is_file()]
-        if not missing:
-            return
-        names = " and ".join(map(str, missing))
-        hint = "give the prefix that .bin and .idx are added to"
-        if self.prefix.suffix in (".bin", ".idx") and self.prefix.is_file():
-            hint = f"give the prefix, {self.prefix.with_suffix('')}"
-        raise UserError(f"{self.prefix}: no corpus: {names} missing; {hint}, or make it with `llada-data tokenize`")
-
-    def _check_sizes(self) -> None:
-        """The first and last entries of the index against each other and the .bin."""
-        n = self._num_sequences
-        if self.num_documents < 0 or (self._document(0), self._document(self.num_documents)) != (0, n):
-            raise UserError(f"{self._idx_path}: damaged: its documents do not cover its sequences; tokenize again")
-        described = self._pointer(n - 1) + self._length(n - 1) * self.dtype.itemsize
-        size = self._bin.size
-        if size != described or not size:
-            raise UserError(
-                f"{self._bin_path}: has {size:,} bytes, but {self._idx_path} describes {described:,}; "
-                "a file is truncated or the two are not of one corpus: copy both again, or tokenize again"
-            )
-
-    def _truncated(self, expected: int) -> UserError:
-        return UserError(
-            f"{self._idx_path}: truncated: {self._idx.size:,} of {expected:,} bytes; copy it again, or tokenize again"
-        )
-
-
-class _File:
-    """An open file that is read at any place, by any thread; closed when it is no longer used."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from None
-        weakref.finalize(self, os.close, self._descriptor)
-        self.size = os.fstat(self._descriptor).st_size  # as it was when the run began
-
-    def read(self, start: int, size: int) -> bytes:
-        """Bytes [start, start + size), which lay in the file when it was opened.
+    def document_at(self, token: int) -> int:
+        """The document that token 0 … num_tokens − 1 of the stream belongs to; a binary search in the index.
 
         Raises:
-            UserError: they are not there any more.
+            UserError: as `tokens`, of the index.
         """
-        data = b""
-        while len(data) < size:
-            try:
-                part = os.pread(self._descriptor, size - len(data), start + len(data))
-            except OSError as error:
-                raise self._lost(f"cannot be read any more: {error.strerror}") from None
-            if not part:
-                raise self._lost(f"has no byte {start + len(data):,} any more, of {self.size:,}: it was cut")
-            data += part
-        return data
+        return bisect_right(range(self.num_documents), token, key=self.document_start) - 1
 
-    def _lost(self, what: str) -> UserError:
-        return UserError(
-            f"{self._path}: {what} since it was opened; put the file back as it was, and run the same command "
-            "again: a run goes on from its newest checkpoint"
+
+def _prefixes(prefix: str) -> list[str]:
+    """The files that a prefix or pattern stands for."""
+    if not glob.has_magic(prefix):
+        return [prefix]
+    found = [path.removesuffix(".idx") for path in matches(prefix + ".idx")]
+    if not found:
+        raise UserError(f"{prefix}: no corpus: no file fits {prefix}.idx")
+    return found
+
+
+def _manifest(file: IndexedFile) -> Manifest | None:
+    path = f"{file.prefix}.json"
+    if not exists(path):
+        return None
+    stored = open_file(path)
+    try:
+        manifest = Manifest.model_validate_json(stored.read(0, stored.size))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "file"
+        raise UserError(f"{path}: not a corpus manifest: {place}: {problem['msg']}; tokenize again") from None
+    if (manifest.documents, manifest.tokens) != (file.num_documents, file.num_tokens):
+        raise UserError(
+            f"{path}: describes {manifest.documents:,} documents with {manifest.tokens:,} tokens, "
+            f"but the corpus has {file.num_documents:,} with {file.num_tokens:,}; "
+            "copy all three files, or tokenize again"
         )
+    return manifest

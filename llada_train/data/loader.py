@@ -4,13 +4,14 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch, Segments
+from llada_train.data.place import ALONE, Place
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
 from llada_train.data.tokenizer import Tokenizer
@@ -29,25 +30,14 @@ class Row:
     mask: np.ndarray  # [L] bool
     mask_probability: float
     loss_weight: float  # of each masked token
-
-
-@dataclass(frozen=True)
-class Place:
-    """What one process reads of a global batch: a block of its rows, a slice of their columns, all equally large."""
-
-    data_parallel_rank: int = 0
-    data_parallel_size: int = 1
-    context_parallel_rank: int = 0
-    context_parallel_size: int = 1
-
-
-ALONE = Place()
+    document_lengths: tuple[int, ...]  # Σ = L: tokens see those of their own document; one, if they see the whole row
 
 
 def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int, place: Place = ALONE) -> Batch:
     """B rows, padded at the end to `sequence_length` → a Batch of this place's S columns of them.
 
-    A row's padding is a segment of its own: no token attends to it and no loss reads it.
+    Positions begin again with each document. A row's padding is a segment of its own: no token attends to it and no
+    loss reads it.
     """
     B, S = len(rows), sequence_length // place.context_parallel_size
     first = place.context_parallel_rank * S
@@ -57,14 +47,16 @@ def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id:
         clean[b, : len(row.tokens)] = row.tokens
         mask[b, : len(row.tokens)] = row.mask
     clean, mask = clean[:, first : first + S], mask[:, first : first + S]
+    lengths = [_segment_lengths(row, sequence_length) for row in rows]
+    positions_in_row = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths])
 
     positions = np.flatnonzero(mask)
     weight = np.array([row.loss_weight for row in rows])[positions // S]
     fill = max(1, -(-len(positions) // MASKED_MULTIPLE)) * MASKED_MULTIPLE - len(positions)
     return Batch(
         input_ids=torch.from_numpy(np.where(mask, mask_id, clean)),
-        position_ids=torch.arange(first, first + S).repeat(B, 1),
-        segments=_segments(np.array([len(row.tokens) for row in rows]), sequence_length, range(first, first + S)),
+        position_ids=torch.from_numpy(positions_in_row[:, first : first + S].copy()),
+        segments=_segments(lengths, sequence_length, range(first, first + S)),
         masked_positions=torch.from_numpy(np.pad(positions, (0, fill))),
         targets=torch.from_numpy(np.pad(clean.ravel()[positions], (0, fill))),
         loss_weight=torch.from_numpy(np.pad(weight, (0, fill)).astype(np.float32)),
@@ -73,12 +65,17 @@ def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id:
     )
 
 
-def _segments(lengths: np.ndarray, sequence_length: int, columns: range) -> Segments | None:
-    """Of rows of these lengths each row's tokens and, where it is cut, its padding; None: no row is cut."""
-    if np.all(lengths == sequence_length):
+def _segment_lengths(row: Row, sequence_length: int) -> tuple[int, ...]:
+    """Of the row's documents and, where it is cut, of its padding."""
+    padding = sequence_length - len(row.tokens)
+    return (*row.document_lengths, padding) if padding else row.document_lengths
+
+
+def _segments(lengths: list[tuple[int, ...]], sequence_length: int, columns: range) -> Segments | None:
+    """Of rows with segments of these lengths; None: every row is one."""
+    if all(len(row) == 1 for row in lengths):
         return None
-    starts = np.arange(len(lengths)) * sequence_length
-    borders = np.unique(np.concatenate([starts, starts + lengths, [len(lengths) * sequence_length]]))
+    borders = np.cumsum([0, *chain.from_iterable(lengths)])
     row, column = np.divmod(borders, sequence_length)
     own_borders = row * len(columns) + np.clip(column - columns.start, 0, len(columns))
     return Segments(
@@ -111,9 +108,7 @@ class TrainingLoader:
 
     def samples(self, first_sample: int) -> range:
         """The places in the run's order of the rows that this process reads of the global batch at `first_sample`."""
-        rows = self._data.timeline.phase(first_sample).global_batch_size // self._place.data_parallel_size
-        first = first_sample + self._place.data_parallel_rank * rows
-        return range(first, first + rows)
+        return self._place.samples(first_sample, self._data.timeline.phase(first_sample).global_batch_size)
 
     def global_batch(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that starts at `first_sample`.
@@ -126,7 +121,7 @@ class TrainingLoader:
         size, length = phase.global_batch_size, phase.sequence_length
         noise = training_noise(config.seed, first_sample, size, length, config.objective)
         tokens = data.training_rows(samples)
-        rows = [_row(t, noise, g - first_sample) for t, g in zip(tokens, samples, strict=True)]
+        rows = [_row(t, noise, g - first_sample, data) for t, g in zip(tokens, samples, strict=True)]
         return _micro_batches(rows, length, data.tokenizer, config, self._place)
 
     def iterate(self, consumed_samples: int, until_samples: int) -> Generator[GlobalBatch, None, None]:
@@ -153,8 +148,27 @@ class TrainingLoader:
             executor.shutdown(cancel_futures=True)
 
 
-def validation_batches(data: PretrainingData, config: Config, place: Place = ALONE) -> list[Batch]:
-    """This process's micro-batches of the validation rows, the same noise every time; empty where nothing is held out.
+@dataclass(frozen=True)
+class Validation:
+    """The held-out rows of a run, the same with the same noise every time, and this process's part of them."""
+
+    batches: list[Batch]  # empty where nothing is held out
+    t: np.ndarray  # [M] mask probability of each row
+    counts: dict[str, int]  # rows of each corpus that holds documents out, those of one after another
+
+    def by_corpus(self, bounds: np.ndarray) -> dict[str, float]:
+        """The mean bound of each corpus, of the rows' [M]."""
+        parts = np.split(bounds, np.cumsum(list(self.counts.values()))[:-1])
+        return {name: float(part.mean()) for name, part in zip(self.counts, parts, strict=True)}
+
+    def by_t(self, bounds: np.ndarray, buckets: int) -> list[float | None]:
+        """The mean bound of the rows in each of so many equal ranges of t, of the rows' [M]; None: there is no row."""
+        bucket = np.minimum((self.t * buckets).astype(int), buckets - 1)
+        return [float(bounds[bucket == b].mean()) if (bucket == b).any() else None for b in range(buckets)]
+
+
+def validation(data: PretrainingData, config: Config, place: Place = ALONE) -> Validation:
+    """The validation rows and this process's micro-batches of them.
 
     Rows without masks (sample_index -1) fill up, so that every rank has the same number of batches of the same shape.
     Over all ranks, Σ weight · NLL estimates the bound in nats per token.
@@ -162,26 +176,27 @@ def validation_batches(data: PretrainingData, config: Config, place: Place = ALO
     tokens = data.validation_rows
     multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
     rows_per_rank = -(-len(tokens) // (place.data_parallel_size * multiple)) * multiple
-    noise = validation_noise(config.seed, len(tokens), data.sequence_length, config.objective.epsilon)
-    filler = np.full(data.sequence_length, data.tokenizer.eos_id)
-    no_mask = np.zeros(data.sequence_length, bool)
+    noise = validation_noise(config.seed, data.validation_counts, data.sequence_length, config.objective.epsilon)
+    length = data.sequence_length
+    filler = Row(FILLER, np.full(length, data.tokenizer.eos_id), np.zeros(length, bool), 1.0, 0.0, (length,))
     indices = range(place.data_parallel_rank * rows_per_rank, (place.data_parallel_rank + 1) * rows_per_rank)
-    rows = [
-        _row(tokens[i], noise, i)
-        if i < len(tokens)
-        else Row(FILLER, filler, no_mask, mask_probability=1, loss_weight=0)
-        for i in indices
-    ]
-    return _micro_batches(rows, data.sequence_length, data.tokenizer, config, place)
+    rows = [_row(tokens[i], noise, i, data) if i < len(tokens) else filler for i in indices]
+    return Validation(
+        batches=_micro_batches(rows, length, data.tokenizer, config, place),
+        t=noise.mask_probability,
+        counts={name: n for name, n in zip(data.names, data.validation_counts, strict=True) if n},
+    )
 
 
-def _row(tokens: np.ndarray, noise: Noise, i: int) -> Row:
+def _row(tokens: np.ndarray, noise: Noise, i: int, data: PretrainingData) -> Row:
+    tokens = tokens[: noise.lengths[i]]
     return Row(
         sample_index=noise.first_sample + i,
-        tokens=tokens[: noise.lengths[i]],
+        tokens=tokens,
         mask=noise.mask(i),
         mask_probability=float(noise.mask_probability[i]),
         loss_weight=float(noise.loss_weight[i]),
+        document_lengths=data.document_lengths(tokens),
     )
 
 

@@ -1,6 +1,6 @@
 """The run's order of blocks in closed form: block → (corpus, epoch, block). Nothing to build, save or restore."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,21 @@ def permute(index: npt.ArrayLike, size: int, seed: int, stream: tuple[int, ...])
     Raises:
         ValueError: size is not in 1..2^62, or an index is not in range(size).
     """
+    return _walk(_feistel, index, size, seed, stream)
+
+
+def unpermute(index: npt.ArrayLike, size: int, seed: int, stream: tuple[int, ...]) -> np.ndarray:
+    """What `permute` sends to each `index`; arguments and errors are the same."""
+    return _walk(_feistel_backwards, index, size, seed, stream)
+
+
+def _walk(
+    network: Callable[[np.ndarray, np.uint64, np.ndarray], np.ndarray],
+    index: npt.ArrayLike,
+    size: int,
+    seed: int,
+    stream: tuple[int, ...],
+) -> np.ndarray:
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"size {size} is not in 1..2^62")
     index = np.asarray(index, dtype=np.int64)
@@ -31,9 +46,9 @@ def permute(index: npt.ArrayLike, size: int, seed: int, stream: tuple[int, ...])
         raise ValueError(f"index {index.min()}..{index.max()} is not in range({size})")
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     round_keys = _round_keys(seed, stream)
-    result = _feistel(index.astype(np.uint64).ravel(), half_bits, round_keys)
+    result = network(index.astype(np.uint64).ravel(), half_bits, round_keys)
     while (outside := np.flatnonzero(result >= size)).size:
-        result[outside] = _feistel(result[outside], half_bits, round_keys)
+        result[outside] = network(result[outside], half_bits, round_keys)
     return result.astype(np.int64).reshape(index.shape)
 
 
@@ -48,6 +63,14 @@ def _feistel(value: np.ndarray, half_bits: np.uint64, round_keys: np.ndarray) ->
     left, right = value >> half_bits, value & mask
     for key in round_keys:
         left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << half_bits) | right
+
+
+def _feistel_backwards(value: np.ndarray, half_bits: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = value >> half_bits, value & mask
+    for key in round_keys[::-1]:
+        left, right = right ^ (_mix(left + key) & mask), left
     return (left << half_bits) | right
 
 
@@ -89,6 +112,11 @@ class Mixture:
         period, r = np.divmod(np.asarray(g, dtype=np.int64), len(self._corpus))
         corpus = self._corpus[r]
         return corpus, period * self.counts[corpus] + self._rank[r]
+
+    def place(self, corpus: int, n: int) -> int:
+        """Where the n-th block of a corpus comes, whose weight is not 0; `locate` the other way."""
+        period, rank = divmod(n, int(self.counts[corpus]))
+        return period * len(self._corpus) + int(np.flatnonzero(self._corpus == corpus)[rank])
 
     def counts_before(self, n: int) -> np.ndarray:
         """Blocks of each corpus among the first n: int64 [corpora]."""
@@ -147,3 +175,20 @@ class Order:
             here = (corpus == c) & (epoch == e)
             block[here] = permute(place[here], int(self._sizes[c]), self._seed, (c, e))
         return BlockIndex(corpus, epoch, block)
+
+    def counts_before(self, blocks: int) -> np.ndarray:
+        """Blocks of each corpus among the run's first so many: int64 [corpora]."""
+        m = int(np.searchsorted(self._starts, blocks, side="right")) - 1
+        counts: np.ndarray = self._before[m] + self._mixtures[m].counts_before(blocks - int(self._starts[m]))
+        return counts
+
+    def occurrences(self, corpus: int, block: int, before: int) -> Iterator[tuple[int, int]]:
+        """(block of the run, epoch) wherever a block of a corpus comes among the run's first `before` blocks."""
+        size = int(self._sizes[corpus])
+        until = int(self.counts_before(before)[corpus])
+        for epoch in range(-(-until // size)):
+            n = epoch * size + int(unpermute(block, size, self._seed, (corpus, epoch)))
+            if n < until:
+                m = int(np.searchsorted(self._before[:, corpus], n, side="right")) - 1
+                within = self._mixtures[m].place(corpus, n - int(self._before[m, corpus]))
+                yield int(self._starts[m]) + within, epoch

@@ -2,26 +2,29 @@
 
 The last `validation_documents` of a corpus are held out. The documents before them are the training stream, the
 held-out ones the validation stream; each is cut by itself, so that no training row holds a held-out token. Documents
-run on across rows, and a row attends across their borders (paper App. B.1). The training stream is cut into the blocks
-that the order permutes, and each block into rows of the length in force; the validation stream into rows of
-data.sequence_length, which stay the same whatever the schedule says. Less than one piece at a stream's end is left out.
+run on across rows (paper App. B.1). The training stream is cut into the blocks that the order permutes, and each block
+into rows of the length in force; the validation stream into rows of data.sequence_length, which stay the same whatever
+the schedule says. Less than one piece at a stream's end is left out.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, CorpusConfig
-from llada_train.data.corpus import Corpus
+from llada_train.data.corpus import Corpus, CorpusIdentity
 from llada_train.data.order import BlockIndex, Order
-from llada_train.data.timeline import Timeline
+from llada_train.data.timeline import Phase, Timeline
 from llada_train.data.tokenizer import Tokenizer
 
-SAMPLED_PIECES = 16  # of each stream, looked at when it is opened
+SAMPLED_DOCUMENTS = 16  # of each corpus, whose ends are looked at
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,28 @@ class _Stream:
     def num_pieces(self) -> int:
         return (self.stop - self.start) // self.piece_length
 
-    def tokens(self, piece: int, offset: int, length: int) -> np.ndarray:
-        """`length` tokens of a piece from its token `offset` on."""
-        first = self.start + piece * self.piece_length + offset
-        return self.corpus.tokens(first, first + length)
+
+class Stretch(NamedTuple):
+    """Tokens [start, stop) of a corpus's stream, and the epoch that reads them."""
+
+    corpus: int  # its place in data.corpora
+    epoch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class CorpusPlan:
+    """What a run reads of one corpus; nominal tokens."""
+
+    name: str
+    corpus_tokens: int  # that can be trained on
+    run_tokens: int
+    share: float  # of the run's tokens
+
+    @property
+    def epochs(self) -> float:
+        return self.run_tokens / self.corpus_tokens
 
 
 class PretrainingData:
@@ -55,6 +76,7 @@ class PretrainingData:
             UserError: a corpus or the tokenizer is missing or damaged, they do not belong together, the model's
                 vocabulary is too small for them, or a corpus is too small to train on or to hold documents out of.
         """
+        self._config = config
         self.sequence_length = config.data.sequence_length  # of validation rows
         self.block_length = config.block_length
         self.tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -64,12 +86,19 @@ class PretrainingData:
                 f"model.vocab_size {self._vocab_size} is too small: {config.data.tokenizer} has "
                 f"{self.tokenizer.vocab_size} ids; set model.vocab_size to at least that"
             )
-        opened = [self._open(corpus, config) for corpus in config.data.corpora]
+        opened = [self._open(corpus) for corpus in config.data.corpora]
+        self.corpora = [training.corpus for training, _ in opened]
+        self.names = _names([corpus.path for corpus in config.data.corpora])
         self._training = [training for training, _ in opened]
-        self._held_out = [held_out for _, held_out in opened if held_out is not None]
-        self._validation_sequences = config.validation.sequences
-        self._seed = config.seed
-        self._follow(Timeline(config))
+        self._held_out = [held_out for _, held_out in opened]
+        self._follow(self.timeline_after())
+
+    def timeline_after(self, past: Sequence[Phase] = (), consumed_samples: int = 0) -> Timeline:
+        """The timeline of a run that recorded the phases `past`; the sizes of the corpora are known here."""
+        temperature = self._config.data.temperature
+        sizes = [stream.stop - stream.start for stream in self._training]
+        factors = [1.0 if temperature is None else size ** (1 / temperature) for size in sizes]
+        return Timeline(self._config, past, consumed_samples, factors)
 
     def at(self, timeline: Timeline) -> "PretrainingData":
         """The same data in the order of a run with this timeline; nothing is opened again."""
@@ -79,12 +108,36 @@ class PretrainingData:
 
     def _follow(self, timeline: Timeline) -> None:
         self.timeline = timeline
-        self._order = Order(self.blocks_per_corpus, timeline.mixtures, self._seed)
+        self._order = Order(self.blocks_per_corpus, timeline.mixtures, self._config.seed)
 
     @property
     def blocks_per_corpus(self) -> list[int]:
         """Training blocks of each corpus, of `block_length` tokens: what one epoch over it reads."""
         return [stream.num_pieces for stream in self._training]
+
+    @property
+    def identities(self) -> list[CorpusIdentity]:
+        """What tells the corpora from others."""
+        return [corpus.identity for corpus in self.corpora]
+
+    @property
+    def plan(self) -> list[CorpusPlan]:
+        """What the whole run reads of each corpus, samples that it passes over included."""
+        end = self.timeline.tokens(self.timeline.end_samples)
+        blocks, rest = divmod(end, self.block_length)
+        tokens = self._order.counts_before(blocks) * self.block_length
+        if rest:
+            tokens[self._order.locate([blocks]).corpus[0]] += rest
+        sizes = [size * self.block_length for size in self.blocks_per_corpus]
+        return [
+            CorpusPlan(name, size, read, read / end)
+            for name, size, read in zip(self.names, sizes, tokens.tolist(), strict=True)
+        ]
+
+    def training_stretches(self, samples: npt.ArrayLike) -> list[Stretch]:
+        """Where the tokens of the samples g [n] lie."""
+        span = self.timeline.locate(samples)
+        return self._stretches(self._order.locate(span.block), span.offset, span.length)
 
     def training_rows(self, samples: npt.ArrayLike) -> np.ndarray:
         """The clean tokens of the samples g [n], of one sequence length S: int64 [n, S].
@@ -92,9 +145,7 @@ class PretrainingData:
         Raises:
             UserError: a token id that the model has no embedding for.
         """
-        span = self.timeline.locate(samples)
-        (length,) = np.unique(span.length).tolist()
-        return self._training_tokens(self._order.locate(span.block), span.offset, length)
+        return self._read(self.training_stretches(samples))
 
     def training_blocks(self, blocks: npt.ArrayLike) -> np.ndarray:
         """The clean tokens of the run's blocks [n], in its order: int64 [n, block_length].
@@ -103,31 +154,102 @@ class PretrainingData:
             UserError: a token id that the model has no embedding for.
         """
         place = self._order.locate(blocks)
-        return self._training_tokens(place, np.zeros_like(place.block), self.block_length)
+        return self._read(
+            self._stretches(place, np.zeros_like(place.block), np.full_like(place.block, self.block_length))
+        )
 
-    def _training_tokens(self, place: BlockIndex, offset: np.ndarray, length: int) -> np.ndarray:
-        pieces = zip(place.corpus.tolist(), place.block.tolist(), offset.tolist(), strict=True)
-        return self._read([(self._training[c], block, first) for c, block, first in pieces], length)
+    def document_lengths(self, tokens: np.ndarray) -> tuple[int, ...]:
+        """What tokens of a row [L] attend within: their documents, each with its EOS, or, if packed, the whole row.
+
+        Where a row begins or ends within a document, the part of it in the row is a document.
+        """
+        if self._config.data.rows == "packed":
+            return (len(tokens),)
+        ends = np.flatnonzero(tokens == self.tokenizer.eos_id) + 1
+        return tuple(np.diff(np.unique([0, *ends.tolist(), len(tokens)])).tolist())
+
+    def uses(self, corpus: int, start: int, stop: int) -> list[tuple[int, int]]:
+        """(sample, epoch) of every row that the run trains on with some of the tokens [start, stop) of a corpus."""
+        stream, length = self._training[corpus], self.block_length
+        first, last = max(start, stream.start) - stream.start, min(stop, stream.stop) - stream.start
+        if first >= last:
+            return []
+        blocks = -(-self.timeline.tokens(self.timeline.end_samples) // length)
+        found = set()
+        for block in range(first // length, min(-(-last // length), stream.num_pieces)):
+            within = max(first - block * length, 0), min(last - block * length, length)
+            for run_block, epoch in self._order.occurrences(corpus, block, blocks):
+                found |= {(sample, epoch) for sample in self.timeline.samples_of(run_block, *within)}
+        return sorted(found)
+
+    def trained_documents(self, corpus: int) -> int:
+        """Documents of a corpus that are not held out: its first ones."""
+        return self.corpora[corpus].num_documents - self._config.data.corpora[corpus].validation_documents
+
+    @cached_property
+    def validation_counts(self) -> list[int]:
+        """Validation rows of each corpus.
+
+        Together they are validation.sequences, or all held-out rows where there are fewer: each corpus that holds
+        documents out gives the same number, as far as it has them.
+        """
+        counts, given = [0] * len(self._held_out), 0
+        held_out = [(stream.num_pieces, c) for c, stream in enumerate(self._held_out) if stream is not None]
+        for i, (pieces, c) in enumerate(sorted(held_out)):
+            counts[c] = min(pieces, (self._config.validation.sequences - given) // (len(held_out) - i))
+            given += counts[c]
+        return counts
 
     @cached_property
     def validation_rows(self) -> np.ndarray:
-        """The clean tokens of the validation rows: int64 [M, S]; M = 0 where no corpus holds documents out.
+        """The clean tokens of the validation rows, those of one corpus after another: int64 [M, S].
 
-        M is validation.sequences, or all held-out rows where there are fewer. Each corpus gives the same number, as far
-        as it has them, spread evenly over its held-out stream.
+        Each corpus's are spread evenly over its held-out stream. M = 0 where no corpus holds documents out.
 
         Raises:
             UserError: a token id that the model has no embedding for.
         """
-        rows: list[tuple[_Stream, int, int]] = []
-        smallest_first = sorted(self._held_out, key=lambda stream: stream.num_pieces)
-        for i, stream in enumerate(smallest_first):
-            share = min(stream.num_pieces, (self._validation_sequences - len(rows)) // (len(smallest_first) - i))
-            rows += [(stream, k * stream.num_pieces // share, 0) for k in range(share)]
-        return self._read(rows, self.sequence_length)
+        rows: list[Stretch] = []
+        for c, (stream, share) in enumerate(zip(self._held_out, self.validation_counts, strict=True)):
+            if stream is not None:
+                starts = [stream.start + k * stream.num_pieces // share * stream.piece_length for k in range(share)]
+                rows += [Stretch(c, 0, start, start + stream.piece_length) for start in starts]
+        return self._read(rows) if rows else np.empty((0, self.sequence_length), np.int64)
 
-    def _open(self, settings: CorpusConfig, config: Config) -> tuple[_Stream, _Stream | None]:
+    def check(self) -> None:
+        """What training needs of the corpora beyond being there.
+
+        Raises:
+            UserError: documents (of each corpus a few are looked at) do not end in the end-of-text token, or a batch
+                would hold rows of a corpus more than once.
+        """
+        self._check_document_ends()
+        for phase in self.timeline.phases:
+            self._check_batches(phase)
+
+    def _check_document_ends(self) -> None:
+        eos = self.tokenizer.eos_id
+        for corpus in self.corpora:
+            last = corpus.num_documents - 1
+            places = sorted({last * i // (SAMPLED_DOCUMENTS - 1) for i in range(SAMPLED_DOCUMENTS)})
+            ends = [corpus.document_start(i + 1) for i in places]
+            without = [
+                i
+                for i, (token,) in zip(
+                    places, corpus.read([(max(end - 1, 0), max(end, 1)) for end in ends]), strict=True
+                )
+                if token != eos
+            ]
+            if without:
+                raise UserError(
+                    f"{corpus.prefix}: document {without[0]:,} does not end in the end-of-text token {eos} "
+                    f"({len(without)} of {len(places)} looked at do not); tokenize it with `llada-data tokenize`, or "
+                    "with Megatron's tools and --append-eod"
+                )
+
+    def _open(self, settings: CorpusConfig) -> tuple[_Stream, _Stream | None]:
         """The training and the held-out stream of one corpus."""
+        config = self._config
         corpus = Corpus(settings.path)
         manifest, held_out = corpus.manifest, settings.validation_documents
         if manifest is not None and manifest.tokenizer_fingerprint != self.tokenizer.fingerprint:
@@ -151,31 +273,69 @@ class PretrainingData:
         validation = _Stream(corpus, border, corpus.num_tokens, self.sequence_length) if held_out else None
         documents = f"{corpus.num_documents - held_out} training documents"
         block = config.data.block_length is not None or config.block_length != self.sequence_length
-        self._check(training, documents, "block_length" if block else "sequence_length", "use a larger corpus")
+        _check_size(training, documents, "block_length" if block else "sequence_length", "use a larger corpus")
         if validation is not None:
             documents = f"{held_out} held-out documents"
-            self._check(validation, documents, "sequence_length", "raise validation_documents")
+            _check_size(validation, documents, "sequence_length", "raise validation_documents")
+        for tokens in corpus.sample():
+            self._check_ids(corpus, tokens)
         return training, validation
 
-    def _check(self, stream: _Stream, documents: str, setting: str, remedy: str) -> None:
-        if not stream.num_pieces:
-            piece = "block" if setting == "block_length" else "row"
-            raise UserError(
-                f"{stream.corpus.prefix}: the {documents} have {stream.stop - stream.start} tokens, less than one "
-                f"{piece} of data.{setting} {stream.piece_length}; {remedy}, or lower data.{setting}"
-            )
-        count = min(SAMPLED_PIECES, stream.num_pieces)
-        self._read([(stream, k * stream.num_pieces // count, 0) for k in range(count)], stream.piece_length)
-
-    def _read(self, places: list[tuple[_Stream, int, int]], length: int) -> np.ndarray:
-        """The first so many tokens at each (stream, piece, offset): int64 [n, length]."""
-        tokens = np.empty((len(places), length), np.int64)
-        for i, (stream, piece, offset) in enumerate(places):
-            tokens[i] = stream.tokens(piece, offset, length)
-            low, high = int(tokens[i].min()), int(tokens[i].max())
-            if low < 0 or high >= self._vocab_size:
+    def _check_batches(self, phase: Phase) -> None:
+        """No batch may hold a row more than once, or its mean is not over what it seems to be."""
+        total = sum(phase.weights)
+        for name, weight, blocks in zip(self.names, phase.weights, self.blocks_per_corpus, strict=True):
+            rows = blocks * self.block_length // phase.sequence_length
+            taken = phase.global_batch_size * weight / total
+            if taken > rows:
                 raise UserError(
-                    f"{stream.corpus.prefix}: holds token id {low if low < 0 else high}, but model.vocab_size is "
-                    f"{self._vocab_size}; the corpus is damaged or was made with another tokenizer: tokenize it again"
+                    f"{name}: has {rows:,} rows of {phase.sequence_length} tokens, but every batch of "
+                    f"{phase.global_batch_size:,} takes {taken:,.0f} of them: the same row would come more than once "
+                    "in one step; use a larger corpus, or lower its weight or the global batch size"
                 )
+
+    def _stretches(self, place: BlockIndex, offset: np.ndarray, length: np.ndarray) -> list[Stretch]:
+        starts = place.block * self.block_length + offset
+        stretches = zip(*(a.tolist() for a in (place.corpus, place.epoch, starts, starts + length)), strict=True)
+        return [
+            Stretch(c, epoch, self._training[c].start + start, self._training[c].start + stop)
+            for c, epoch, start, stop in stretches
+        ]
+
+    def _read(self, stretches: list[Stretch]) -> np.ndarray:
+        """Their tokens, equally many of each: int64 [n, length]."""
+        tokens = np.empty((len(stretches), stretches[0].stop - stretches[0].start), np.int64)
+        for c in {stretch.corpus for stretch in stretches}:
+            rows = [i for i, stretch in enumerate(stretches) if stretch.corpus == c]
+            found = self.corpora[c].read([(stretches[i].start, stretches[i].stop) for i in rows])
+            for i, row in zip(rows, found, strict=True):
+                tokens[i] = row
+                self._check_ids(self.corpora[c], tokens[i])
         return tokens
+
+    def _check_ids(self, corpus: Corpus, tokens: np.ndarray) -> None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self._vocab_size:
+            raise UserError(
+                f"{corpus.prefix}: holds token id {low if low < 0 else high}, but model.vocab_size is "
+                f"{self._vocab_size}; the corpus is damaged or was made with another tokenizer: tokenize it again"
+            )
+
+
+def _check_size(stream: _Stream, documents: str, setting: str, remedy: str) -> None:
+    if not stream.num_pieces:
+        piece = "block" if setting == "block_length" else "row"
+        raise UserError(
+            f"{stream.corpus.prefix}: the {documents} have {stream.stop - stream.start} tokens, less than one "
+            f"{piece} of data.{setting} {stream.piece_length}; {remedy}, or lower data.{setting}"
+        )
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last parts of each path, as many as tell them apart."""
+    parts = [path.split("/") for path in paths]
+    for length in count(1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError

@@ -50,14 +50,18 @@ class Timeline:
     config holds. If it says what it said before, the phases are those of a run that never stopped.
     """
 
-    def __init__(self, config: Config, past: Sequence[Phase] = (), consumed_samples: int = 0) -> None:
+    def __init__(
+        self, config: Config, past: Sequence[Phase] = (), consumed_samples: int = 0, factors: Sequence[float] = ()
+    ) -> None:
         """
         Args:
             config: the run's, as `load_config` checks it.
             past: the phases that a run recorded at `consumed_samples`; corpora that were added since have weight 0 in
                 them. None: the config has held from the start.
+            factors: of the corpora's weights, where they hang on the corpora's sizes; none: 1 each.
         """
         self._config = config
+        self._factors = tuple(factors) or (1.0,) * len(config.data.corpora)
         self._block_length = config.block_length
         self._recorded = len(past)
         corpora = len(config.data.corpora)
@@ -123,7 +127,49 @@ class Timeline:
         # One that ends before these samples ends there: what lies between them is passed over already.
         cut = last.model_copy(update={"end_sample": min(last.end_sample or first_sample, first_sample)})
         later = [phase for phase in self.phases[: self._recorded] if phase.first_sample > end_sample]
-        return Timeline(self._config, (*before, cut, again, *later), end_sample)
+        return Timeline(self._config, (*before, cut, again, *later), end_sample, self._factors)
+
+    def first_sample(self, step: int) -> int:
+        """The first sample of the run's step 1, 2, …
+
+        Raises:
+            IndexError: the run has no such step.
+        """
+        before = 0  # steps of the phases so far
+        for phase, end in self._stretches():
+            steps = -(-(end - phase.first_sample) // phase.global_batch_size)
+            if before < step <= before + steps:
+                return phase.first_sample + (step - before - 1) * phase.global_batch_size
+            before += steps
+        raise IndexError(f"step {step} of a run of {before}")
+
+    def step(self, sample: int) -> int | None:
+        """The step that reads the sample; None: the run passes over it, or ends before."""
+        before = 0
+        for phase, end in self._stretches():
+            if phase.first_sample <= sample < end:
+                return before + (sample - phase.first_sample) // phase.global_batch_size + 1
+            before += -(-(end - phase.first_sample) // phase.global_batch_size)
+        return None
+
+    def samples_of(self, block: int, start: int, stop: int) -> list[int]:
+        """The samples that the run trains on and that lie, wholly or in part, in tokens [start, stop) of its block."""
+        found: list[int] = []
+        for phase, end in self._stretches():
+            first, last = (block * self._block_length + place - phase.first_token for place in (start, stop - 1))
+            low, high = first // phase.sequence_length, last // phase.sequence_length
+            found += range(phase.first_sample + max(low, 0), min(phase.first_sample + high + 1, end))
+        return found
+
+    def _stretches(self) -> Iterator[tuple[Phase, int]]:
+        """Each phase and the sample that it ends before."""
+        last = self.end_samples
+        for i, phase in enumerate(self.phases):
+            end = self.phases[i + 1].first_sample if i + 1 < len(self.phases) else last
+            if phase.end_sample is not None:
+                end = min(end, phase.end_sample)
+            if phase.first_sample < last:
+                yield phase, min(end, last)
 
     def locate(self, samples: npt.ArrayLike) -> Span:
         """Samples g → the part of a block that each one is."""
@@ -162,7 +208,7 @@ class Timeline:
         """The config's values at a place, as a phase that begins there."""
         config = self._config
         length, batch_size = config.data.sequence_length, config.training.global_batch_size
-        weights = {corpus.path: corpus.weight for corpus in config.data.corpora}
+        weights = config.data.weights
         for change in config.schedule:
             if change.from_tokens <= first_token:
                 length = change.sequence_length or length
@@ -173,5 +219,5 @@ class Timeline:
             first_token=first_token,
             sequence_length=length,
             global_batch_size=batch_size,
-            weights=tuple(weights.values()),
+            weights=tuple(w * factor for w, factor in zip(weights.values(), self._factors, strict=True)),
         )

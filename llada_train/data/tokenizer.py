@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +21,19 @@ MASK_TOKEN = "<|mdm_mask|>"
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level BPE writes bytes (GPT-2's `bytes_to_unicode`): printable Latin-1 as it is, others from U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
 
 
 class Tokenizer:
@@ -66,6 +81,26 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, nothing added; the names of special tokens inside a text are encoded as text."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of text that each id 0 … vocab_size − 1 stands for; of special tokens, their names'.
+
+        Those of a sequence of ids are the text's, but for a space that some tokenizers put before the first word.
+        """
+        found = [b""] * self.vocab_size
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
+        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
+            if token in added:
+                found[i] = token.encode()
+            elif byte_level:
+                found[i] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            elif _BYTE_TOKEN.fullmatch(token):  # sentencepiece's byte fallback
+                found[i] = bytes([int(token[3:5], 16)])
+            else:
+                found[i] = token.replace("▁", " ").encode()
+        return found
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """The text of `ids`; special tokens are left out, or spelled out with `keep_special`."""

@@ -1,14 +1,14 @@
 """The variational bound of a masked diffusion model on held-out text (paper Eq. 4)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llada_train.objective.forward_process import validation_noise
+from llada_train.objective.forward_process import Noise
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,20 @@ class Bound:
 def variational_bound(
     logits_fn: Callable[[Tensor], Tensor],
     rows: np.ndarray,
+    noise: Noise,
     mask_id: int,
-    seed: int,
-    epsilon: float = 1e-3,
+    document_lengths: Callable[[np.ndarray], Sequence[int]] = lambda row: (len(row),),
     batch_size: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bound:
     """Mean over the rows of Σ_masked −ln p(token | noised row) / (p·S), p the row's mask probability.
 
-    The noise is validation's: the same for the same seed and number of rows, p spread evenly over [ε, 1].
-
     Args:
         logits_fn: noised ids [B, S] int64 → logits [B, S, V].
         rows: clean token ids [M, S].
+        noise: of the M rows, such as validation's: the same every time, p spread evenly over [ε, 1].
+        document_lengths: clean tokens of a row [S] → the lengths of the pieces that are given to the model one by one;
+            by default a row is one piece.
         on_progress: gets (rows done, M).
 
     Raises:
@@ -45,18 +46,34 @@ def variational_bound(
     M, S = rows.shape
     if not M:
         raise ValueError("no rows to measure the bound on")
-    noise = validation_noise(seed, M, S, epsilon)
     estimates: list[Tensor] = []
     for start in range(0, M, batch_size):
         stop = min(start + batch_size, M)
         clean = torch.from_numpy(rows[start:stop].astype(np.int64))
         masked = torch.from_numpy(np.stack([noise.mask(row) for row in range(start, stop)]))
-        nll = _nll(logits_fn(clean.masked_fill(masked, mask_id)), clean, masked)
+        noised = clean.masked_fill(masked, mask_id)
+        pieces = [tuple(document_lengths(row)) for row in rows[start:stop]]
+        if all(len(row) == 1 for row in pieces):
+            nll = _nll(logits_fn(noised), clean, masked)
+        else:
+            nll = torch.stack(
+                [_nll_of_pieces(logits_fn, *row) for row in zip(noised, clean, masked, pieces, strict=True)]
+            )
         estimates.append(nll / torch.from_numpy(noise.mask_probability[start:stop] * S))
         on_progress(stop, M)
     values = torch.cat(estimates)
     spread = values.std().item() if M > 1 else math.inf
     return Bound(values.mean().item(), spread / math.sqrt(M))
+
+
+def _nll_of_pieces(
+    logits_fn: Callable[[Tensor], Tensor], noised: Tensor, clean: Tensor, masked: Tensor, lengths: tuple[int, ...]
+) -> Tensor:
+    """The sum over one row's masked tokens [S], each piece of it by itself: fp64, a scalar."""
+    parts = zip(*(tensor.unsqueeze(0).split(lengths, dim=1) for tensor in (noised, clean, masked)), strict=True)
+    return torch.cat(
+        [_nll(logits_fn(part), tokens, at) for part, tokens, at in parts if at.any()] or [torch.zeros(1)]
+    ).sum()
 
 
 def _nll(logits: Tensor, clean: Tensor, masked: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from llada_train.config.schema import Config
 from llada_train.data.rows import PretrainingData
 from llada_train.evaluation.baselines import bigram_cross_entropy, bits_per_byte, unigram_entropy
 from llada_train.evaluation.bound import variational_bound
+from llada_train.objective.forward_process import validation_noise
 
 COUNTED_TOKENS = 50_000_000  # the bigram model is counted on so many training tokens at most
 _CHUNK_BLOCKS = 1024
@@ -51,8 +52,9 @@ def held_out_report(
             "data.corpora: no held-out documents to evaluate on; set validation_documents of a corpus, before training"
         )
     text_bytes = sum(len(data.tokenizer.decode(row.tolist()).encode()) for row in rows)
+    noise = validation_noise(config.seed, data.validation_counts, data.sequence_length, config.objective.epsilon)
     measured = variational_bound(
-        logits_fn, rows, data.tokenizer.mask_id, config.seed, config.objective.epsilon, on_progress=on_progress
+        logits_fn, rows, noise, data.tokenizer.mask_id, data.document_lengths, on_progress=on_progress
     )
 
     def score(nats: float) -> Score:

@@ -7,6 +7,7 @@ whole global batch and the masks of its own rows, and every layout sees the same
 its loss is 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,14 +47,17 @@ def training_noise(
     return Noise(seed, Purpose.MASK, first_sample, lengths, p, loss_weight(p, lengths, objective.loss_normalization))
 
 
-def validation_noise(seed: int, sequences: int, sequence_length: int, epsilon: float) -> Noise:
-    """The draw of all M = `sequences` validation rows, the same every time: whole rows, u on the grid (i + ½)/M.
+def validation_noise(seed: int, counts: Sequence[int], sequence_length: int, epsilon: float) -> Noise:
+    """The draw of all validation rows, `counts` of each corpus one after another; the same every time.
 
-    The grid is permuted by key, so that no corpus is bound to one range of t.
+    The rows are whole, and those of a corpus have u on a grid of their own, (i + ½)/count, permuted by key, so that the
+    bound of each corpus is over all of t. N = Σ counts.
     """
-    strata = np.argsort(sample_words(seed, Purpose.VALIDATION_STRATUM, 0, sequences)[:, 0], kind="stable")
-    p = mask_probability((strata + 0.5) / sequences, epsilon)
-    lengths = np.full(sequences, sequence_length)
+    words = sample_words(seed, Purpose.VALIDATION_STRATUM, 0, sum(counts))[:, 0]
+    borders = np.cumsum(counts)[:-1]
+    strata = [(np.argsort(part, kind="stable") + 0.5) / max(1, len(part)) for part in np.split(words, borders)]
+    p = mask_probability(np.concatenate(strata), epsilon)
+    lengths = np.full(len(words), sequence_length)
     return Noise(seed, Purpose.VALIDATION_MASK, 0, lengths, p, loss_weight(p, lengths, "sequence"))
 
 

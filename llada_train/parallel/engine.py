@@ -193,14 +193,15 @@ class Engine:
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._adds_gradients_in_hooks:
-            losses = self._run(batches, self.model, nullcontext())
+            row_losses = self._run(batches, self.model, nullcontext())
             self._engine.set_gradient_accumulation_boundary(True)
             # Reduces its two buffers, of matrices and of norms, as they are; a larger bucket would copy them together.
             self._engine.allreduce_gradients(bucket_size=1)
         elif self._zero_stage == 1:
-            losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
+            row_losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
         else:
-            losses = self._run(batches, self._engine, nullcontext())
+            row_losses = self._run(batches, self._engine, nullcontext())
+        losses = self._sum(row_losses, batches)
         if check_replicas_of_step is not None:
             check_replicas(self.shards, check_replicas_of_step)
         return Step(losses, *self._gate.apply(self._engine.step, accepts, losses.loss))
@@ -215,14 +216,26 @@ class Engine:
         yield
         self._engine.set_gradient_accumulation_boundary(True)
 
-    def evaluate(self, batches: list[Batch]) -> Losses:
-        """The losses of a global batch, without gradients."""
+    def evaluate(self, batches: list[Batch], rows: int) -> Tensor:
+        """The bound (nats per token) of each of the `rows` samples 0, 1, … of a global batch: fp64 [rows] on the host.
+
+        Equal on every rank; without gradients.
+        """
         with torch.no_grad():
-            return self._run(batches, self.model, nullcontext(), forward_only=True)
+            losses = self._run(batches, self.model, nullcontext(), forward_only=True)
+        index = torch.cat([batch.sample_index for batch in batches]).to(losses.device)
+        real = index >= 0
+        bounds = losses.new_zeros(rows).index_add_(0, index[real], losses[real])
+        dist.all_reduce(bounds)
+        return bounds.cpu() * rows
 
     def _run(
         self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool = False
-    ) -> Losses:
+    ) -> Tensor:
+        """This rank's part of each row's loss, in order of the batches: fp64 [rows], on the device.
+
+        Each row's parts, on the ranks that share its columns, add up; ranks that compute no loss have zeros.
+        """
         device = self.topology.device
         stages = list(self.model.stages)
         with around, cpu.standing_in() if device.type == "cpu" else nullcontext():
@@ -235,13 +248,30 @@ class Engine:
                 micro_batch_size=len(batches[0].input_ids),
                 forward_only=forward_only,
             )
-        total = torch.zeros(1 + 2 * T_BUCKETS, dtype=torch.float64, device=device)
         if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-            total += torch.stack([report["sums"] for report in reports]).sum(dim=0)
+            return torch.cat([report["rows"] for report in reports])
+        return torch.zeros(sum(len(batch.t) for batch in batches), dtype=torch.float64, device=device)
+
+    def _sum(self, row_losses: Tensor, batches: list[Batch]) -> Losses:
+        """The losses of the global batch, over all ranks."""
+        t = torch.cat([batch.t for batch in batches])
+        bucket = (t * T_BUCKETS).long().clamp_(0, T_BUCKETS - 1).to(row_losses.device)
+        zeros = row_losses.new_zeros(T_BUCKETS)
+        # Of the ranks that share a row one counts it.
+        rows = zeros.index_add(0, bucket, torch.full_like(row_losses, float(self._counts_rows)))
+        total = torch.cat([row_losses.sum().unsqueeze(0), zeros.index_add(0, bucket, row_losses), rows])
         dist.all_reduce(total)
         loss, sums, counts = total.cpu().split([1, T_BUCKETS, T_BUCKETS])
         # A row's own bound is its part of the loss × the rows of its global batch.
         return Losses(float(loss), sums * counts.sum(), counts)
+
+    @property
+    def _counts_rows(self) -> bool:
+        return (
+            parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and self.topology.place.context_parallel_rank == 0
+        )
 
     def _forward_step(self, batch: Batch, module: Any, stage: Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -250,17 +280,8 @@ class Engine:
             loss = weighted.sum()
             scale = _data_parallel_group().size() if self._zero_stage == 3 else 1  # against DeepSpeed's mean
             one = torch.ones((), dtype=torch.int, device=loss.device)
-            return loss * scale, one, {"sums": self._report(batch, weighted.detach().double())}
+            row = batch.masked_positions // batch.input_ids.shape[1]
+            rows = torch.zeros(len(batch.t), dtype=torch.float64, device=loss.device)
+            return loss * scale, one, {"rows": rows.index_add_(0, row, weighted.detach().double())}
 
         return module(batch, stage.vp_stage or 0), loss_func
-
-    def _report(self, batch: Batch, weighted: Tensor) -> Tensor:
-        """[1 + 2·T_BUCKETS] fp64: the loss, each bucket's part of it, each bucket's number of rows."""
-        bucket = (batch.t * T_BUCKETS).long().clamp_(0, T_BUCKETS - 1)
-        zeros = weighted.new_zeros(T_BUCKETS)
-        row = batch.masked_positions // batch.input_ids.shape[1]
-        losses = zeros.index_add(0, bucket[row], weighted)
-        # Of the ranks that share a row's columns one counts it.
-        counted = (batch.sample_index >= 0) & (self.topology.place.context_parallel_rank == 0)
-        rows = zeros.index_add(0, bucket, counted.double())
-        return torch.cat([weighted.sum().unsqueeze(0), losses, rows])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import ParallelConfig
-from llada_train.data.loader import Place
+from llada_train.data.place import Place
 from llada_train.parallel.launch import free_port, world_size
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own default

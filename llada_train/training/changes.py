@@ -72,7 +72,9 @@ def _until(config: Config, tokens: int) -> Config:
 def _free(key: str, stored: Config, given: Config) -> bool:
     corpus = _corpus(key)
     if corpus is not None and len(stored.data.corpora) <= corpus < len(given.data.corpora):
-        return given.data.corpora[corpus].weight == 0
+        return given.data.corpora[corpus].share == 0
+    if corpus is not None and key.endswith(".path") and corpus < min(len(stored.data.corpora), len(given.data.corpora)):
+        return True  # whether it is the same corpus in another place, its content tells
     return key in _FREE or key.startswith(_FREE_SECTIONS)
 
 
@@ -84,10 +86,10 @@ def _fixed(key: str, stored: Config, given: Config) -> str | None:
     if key == "seed":
         return "the order of the data is drawn from it: tokens of this epoch would come twice or never"
     if corpus is not None and corpus < len(stored.data.corpora):
-        if corpus >= len(given.data.corpora) or key.endswith(".path"):
+        if corpus >= len(given.data.corpora):
             return (
                 "corpora keep their places, since the order of each hangs on its number: add new ones at the end, give "
-                "weight 0 to one that is to end, leave a link where one has moved from"
+                "weight 0 to one that is to end"
             )
         if key.endswith(".validation_documents"):
             return "training has read, or left out, those documents: tokens of this epoch would come twice or never"

@@ -12,11 +12,10 @@ from llada_train.checkpoint.store import remove_newer
 from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, ModelConfig
-from llada_train.data.batch import Batch
-from llada_train.data.loader import GlobalBatch, TrainingLoader
+from llada_train.data.loader import GlobalBatch, TrainingLoader, Validation
 from llada_train.data.timeline import Phase, Timeline
 from llada_train.model.sizes import flops_per_token
-from llada_train.parallel.engine import Engine, Losses, Step
+from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
 from llada_train.parallel.topology import any_rank
 from llada_train.training.guard import Guard
 from llada_train.training.learning_rate import learning_rate
@@ -63,7 +62,7 @@ class Trainer:
         engine: Engine,
         loader: TrainingLoader,
         timeline: Timeline,
-        validation: list[Batch],
+        validation: Validation,
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
@@ -218,19 +217,21 @@ class Trainer:
         )
 
     def _validate(self) -> None:
-        if not self.validation:
+        if not self.validation.batches:
             return
         self.watchdog.beat(f"validation after step {self.progress.step}")
-        losses = self.engine.evaluate(self.validation)
-        if not math.isfinite(losses.loss):
+        bounds = self.engine.evaluate(self.validation.batches, len(self.validation.t)).numpy()
+        bound = float(bounds.mean())
+        if not math.isfinite(bound):
             raise UserError(
-                f"step {self.progress.step:,}: the bound on held-out documents is {losses.loss}; the run stops. Its "
+                f"step {self.progress.step:,}: the bound on held-out documents is {bound}; the run stops. Its "
                 f"checkpoints in {self.run.checkpoints} are from before: go on from one with a lower learning rate"
             )
         if self.log is not None:
             self.log.validation(
                 step=self.progress.step,
                 tokens=self._tokens(),
-                bound=losses.loss,
-                bound_by_t=losses.bound_by_t(),
+                bound=bound,
+                bound_by_t=self.validation.by_t(bounds, T_BUCKETS),
+                bound_by_corpus=self.validation.by_corpus(bounds),
             )

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from llada_train.config.errors import UserError
+from llada_train.data.rows import CorpusPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "loss_curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
+
+TOLD_CORPORA = 6  # more than these are in TensorBoard and metrics.jsonl only
 
 KINDS = ("train", "validation", "skip", "went_back")
 
@@ -102,14 +106,25 @@ class MetricsLog:
             f"grad norm {grad_norm:6.3f}  {_short(tokens_per_second):>6} tokens/s  {left} left"
         )
 
-    def validation(self, *, step: int, tokens: int, bound: float, bound_by_t: Sequence[float | None]) -> None:
-        """Record the bound on the held-out documents after `step`, whole and split over buckets of t."""
-        self._append(
-            {"kind": "validation", "step": step, "tokens": tokens, "bound": bound, "bound_by_t": list(bound_by_t)}
-        )
+    def validation(
+        self,
+        *,
+        step: int,
+        tokens: int,
+        bound: float,
+        bound_by_t: Sequence[float | None],
+        bound_by_corpus: dict[str, float],
+    ) -> None:
+        """Record the bound on the held-out documents after `step`: whole, over buckets of t, and of each corpus."""
+        record: Record = {"kind": "validation", "step": step, "tokens": tokens, "bound": bound}
+        self._append({**record, "bound_by_t": list(bound_by_t), "bound_by_corpus": bound_by_corpus})
         self._scalars("validation", step, {"bound": bound})
         self._scalars("validation_bound_by_t", step, _by_t(bound_by_t))
-        self._tell(f"[bold]step {step:>7,}[/]  [green]held-out bound {bound:.4f} nats/token[/]")
+        self._scalars("validation_bound_by_corpus", step, bound_by_corpus)
+        told = ""
+        if 1 < len(bound_by_corpus) <= TOLD_CORPORA:
+            told = f"  ({', '.join(f'{escape(name)} {value:.4f}' for name, value in bound_by_corpus.items())})"
+        self._tell(f"[bold]step {step:>7,}[/]  [green]held-out bound {bound:.4f} nats/token[/]{told}")
 
     def skipped(self, *, step: int, consumed_samples: int, reason: str) -> None:
         """Record that `step` was not applied."""
@@ -206,6 +221,16 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._file.close()
+
+
+def plan_lines(plan: Sequence[CorpusPlan]) -> list[str]:
+    """What the whole run reads of each corpus, a line each."""
+    width = max(len(corpus.name) for corpus in plan)
+    return [
+        f"{corpus.name:<{width}}  {_short(corpus.corpus_tokens):>7} tokens in the corpus, "
+        f"{_short(corpus.run_tokens):>7} in the run: {corpus.share:7.2%}, {corpus.epochs:.3g} epochs"
+        for corpus in plan
+    ]
 
 
 def warn(message: str) -> None:

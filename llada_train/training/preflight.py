@@ -34,7 +34,10 @@ def open_inputs(
         UserError: config, data, tokenizer, run folder or `init_from` are at fault.
     """
     config = load_config(config_file, overrides, world_size)
-    inputs = Inputs(config, PretrainingData(config), RunFolder(config, accept_config_changes))
+    data = PretrainingData(config)
+    inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
+    data.check()
+    _check_corpora(inputs.run, data)
     read_metrics(config.run_dir)
     if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
         _check_checkpoint(config.init_from, config.model)
@@ -59,6 +62,24 @@ def check_phases(config: Config, timeline: Timeline, consumed_samples: int, worl
                 f"of {phase.global_batch_size} × {phase.sequence_length} tokens, until the next change can begin; the "
                 f"layout does not fit them:\n  {told}\ngive another layout until then"
             )
+
+
+def _check_corpora(run: RunFolder, data: PretrainingData) -> None:
+    """A run's order of tokens hangs on its corpora, so they have to be those that it began with."""
+    for corpus, then in zip(data.corpora, run.corpora, strict=False):
+        now = corpus.identity
+        if now == then:
+            continue
+        differs = (
+            f"{then.documents:,} documents with {then.tokens:,} tokens then, {now.documents:,} with {now.tokens:,} now"
+        )
+        if (now.documents, now.tokens) == (then.documents, then.tokens):
+            differs = "as large as before, but with other tokens"
+        raise UserError(
+            f"{corpus.prefix}: not the corpus that the run in {run.path} was trained on ({differs}); its order would "
+            "repeat tokens of this epoch and leave others out: put the corpus back as it was, add the new one at the "
+            "end of data.corpora, or begin a new run (run_dir=…, init_from=…)"
+        )
 
 
 def _check_checkpoint(path: Path, model: ModelConfig) -> None:

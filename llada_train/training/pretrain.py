@@ -12,14 +12,13 @@ from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
-from llada_train.data.loader import TrainingLoader, validation_batches
-from llada_train.data.timeline import Timeline
+from llada_train.data.loader import TrainingLoader, validation
 from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.training.loop import Trainer
-from llada_train.training.metrics import MetricsLog, plot_curves, warn
+from llada_train.training.metrics import MetricsLog, plan_lines, plot_curves, warn
 from llada_train.training.preflight import Inputs, check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
@@ -47,21 +46,22 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
         engine = Engine(config, here)
         watchdog.beat("reading its weights")
         progress = _restore(run, engine)
-        writer = CheckpointWriter(run.checkpoints, engine)
-        timeline = Timeline(config, progress.phases, progress.consumed_samples)
+        writer = CheckpointWriter(run.checkpoints, engine, data.identities)
+        timeline = data.timeline_after(progress.phases, progress.consumed_samples)
         end_tokens = timeline.tokens(timeline.end_samples)
         check_phases(config, timeline, progress.consumed_samples, here.world_size)
-        log = None
+        log, ours = None, data.at(timeline)
         with here.failing_together():
             if here.is_main:
                 run.record_changes(progress)
+                print("\n".join(plan_lines(ours.plan)), flush=True)
                 log = MetricsLog(run.path, progress.step, end_tokens)
         trainer = Trainer(
             config=config,
             engine=engine,
-            loader=TrainingLoader(data.at(timeline), config, here.place),
+            loader=TrainingLoader(ours, config, here.place),
             timeline=timeline,
-            validation=validation_batches(data, config, here.place),
+            validation=validation(data, config, here.place),
             run=run,
             writer=writer,
             log=log,

@@ -11,6 +11,7 @@ from llada_train.checkpoint.store import FOLDER, newest_manifest
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config, save_config
 from llada_train.config.schema import Config
+from llada_train.data.corpus import CorpusIdentity
 from llada_train.training.changes import config_changes
 
 CONFIG_FILE = "config.yaml"
@@ -32,8 +33,10 @@ class RunFolder:
         found = newest_manifest(self.checkpoints)
         self.used = found is not None
         self.accepted_changes: list[str] = []
+        self.corpora: tuple[CorpusIdentity, ...] = ()  # that the run was trained on
         if found is not None:
             folder, manifest = found
+            self.corpora = manifest.corpora
             if config.resume == "never":
                 raise UserError(
                     f"{self.path}: holds a run already (newest checkpoint: {folder.name}) and resume is 'never'; "

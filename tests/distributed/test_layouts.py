@@ -1,8 +1,12 @@
 """The layout matrix: same seed, data and noise give the same losses, gradient norms and weights in every layout."""
 
+from collections.abc import Iterator
+from datetime import date
+
 import pytest
+from conftest import ROOT
 from layouts import CHOSEN, Layout, every_layout
-from matrix import TOLERANCE, Matrix
+from matrix import TOLERANCE, Matrix, report
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -15,6 +19,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if every or precision == "fp32" or layout.processes <= 4  # else they take too long for every change
         ]
         metafunc.parametrize(("precision", "layout"), runs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(matrices: dict[str, Matrix], request: pytest.FixtureRequest) -> Iterator[None]:
+    """What was compared is written as a table in the end."""
+    yield
+    path = ROOT / "runs/layout_matrix.md"
+    if request.config.getoption("every_layout"):
+        path = ROOT / f"benchmarks/results/layout_matrix_{date.today().isoformat()}.md"
+    if any(matrix.deviations for matrix in matrices.values()):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(report(matrices), encoding="utf-8")
 
 
 def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: str, layout: Layout) -> None:
@@ -34,6 +50,13 @@ def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: st
 def test_the_same_layout_is_repeated_bit_for_bit(matrices: dict[str, Matrix], precision: str, repeated: Layout) -> None:
     """To the last bit of every rank's masters and moments."""
     assert matrices[precision].run(repeated) == matrices[precision].run(repeated)
+
+
+def test_documents_attend_to_themselves_in_any_layout(matrices: dict[str, Matrix]) -> None:
+    """Their borders cross the slices of columns; what one process does is held against a plain loop elsewhere."""
+    matrix = matrices["fp32"]
+    layout = Layout(tensor_parallel=2, pipeline_parallel=2, context_parallel=2, sequence_parallel=True)
+    matrix.check(matrix.run(layout, "data.rows=document_attention"))
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

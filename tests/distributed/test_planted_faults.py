@@ -23,6 +23,7 @@ from llada_train.objective.forward_process import training_noise
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2
 TOKEN = "objective.loss_normalization=token"
+DOCUMENTS = "data.rows=document_attention"
 ANOTHER_RUN, OTHER_NOISE, ROUNDED = "another run", "noise, targets or weights differ", "not summed in fp32"
 FAULTS = [
     ("norm_gradients_of_a_slice", "fp32", Layout(tensor_parallel=2, sequence_parallel=True), [], ANOTHER_RUN),
@@ -53,7 +54,7 @@ def test_fault_fails_the_matrix(
         matrix.check(faulty)
 
 
-@pytest.mark.parametrize("overrides", [[], [TOKEN]], ids=["sequence", "token"])
+@pytest.mark.parametrize("overrides", [[], [TOKEN], [DOCUMENTS]], ids=["sequence", "token", "documents"])
 def test_one_process_trains_as_a_plain_loop(matrices: dict[str, Matrix], overrides: list[str]) -> None:
     matrix = matrices["fp32"]
     losses, norms = plain_loop(matrix.config, overrides)
@@ -67,7 +68,10 @@ def test_one_process_trains_as_a_plain_loop(matrices: dict[str, Matrix], overrid
 
 
 def plain_loop(config_file: Path, overrides: list[str]) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of STEPS steps (paper Alg. 1), one row at a time, cut where it is cut."""
+    """Losses and gradient norms of STEPS steps (paper Alg. 1), one row at a time, cut where it is cut.
+
+    With document attention the model is given one document at a time, and knows of no others.
+    """
     config = load_config(config_file, overrides)
     data = PretrainingData(config)
     model = plain_model(InitialWeights(config.model, config.seed), config.model).train()
@@ -87,8 +91,12 @@ def plain_loop(config_file: Path, overrides: list[str]) -> tuple[list[float], li
         for i, row in enumerate(data.training_rows(range(first, first + N))):
             L, p = int(noise.lengths[i]), float(noise.mask_probability[i])
             clean, mask = torch.from_numpy(row[:L]), torch.from_numpy(noise.mask(i))
-            logits = model(clean.masked_fill(mask, data.tokenizer.mask_id).unsqueeze(0)).logits[0]
-            tokens = float(noise.lengths.sum()) if overrides else L * N
+            noised, pieces = clean.masked_fill(mask, data.tokenizer.mask_id), (L,)
+            if overrides == [DOCUMENTS]:
+                ends = torch.nonzero(clean == data.tokenizer.eos_id).flatten() + 1
+                pieces = tuple(torch.tensor(sorted({0, *ends.tolist(), L})).diff().tolist())
+            logits = torch.cat([model(piece.unsqueeze(0)).logits[0] for piece in noised.split(pieces)])
+            tokens = float(noise.lengths.sum()) if overrides == [TOKEN] else L * N
             total = total + F.cross_entropy(logits[mask], clean[mask], reduction="sum") / (p * tokens)
         adam.zero_grad()
         total.backward()

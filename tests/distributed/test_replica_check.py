@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -17,7 +18,7 @@ from replica_faults import STEPS, Damage, damaged_step, verdicts
 from llada_train.checkpoint.manifest import Progress
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
-from llada_train.data.loader import GlobalBatch
+from llada_train.data.loader import GlobalBatch, Validation
 from llada_train.data.timeline import Timeline
 from llada_train.parallel import replicas
 from llada_train.parallel.engine import Losses, Step
@@ -197,7 +198,7 @@ def trainer_of_ten_steps(
         engine=engine,  # type: ignore[arg-type]
         loader=SimpleNamespace(iterate=batches),  # type: ignore[arg-type]
         timeline=Timeline(config),
-        validation=[],
+        validation=Validation([], np.empty(0), {}),
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
         writer=SimpleNamespace(start=save, save=save, settle=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
         log=None,

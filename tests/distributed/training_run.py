@@ -23,7 +23,7 @@ from llada_train.checkpoint.writer import CheckpointWriter  # noqa: E402
 from llada_train.config.load import load_config  # noqa: E402
 from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
-from llada_train.data.loader import TrainingLoader, validation_batches  # noqa: E402
+from llada_train.data.loader import TrainingLoader, validation  # noqa: E402
 from llada_train.data.rows import PretrainingData  # noqa: E402
 from llada_train.model.weights import InitialWeights  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
@@ -58,7 +58,8 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
             batches = loader.global_batch(step * size)
             digests.append(digest(batches))
             results.append(engine.train_step(batches, LEARNING_RATE))
-        held_out = engine.evaluate(validation_batches(data, config, here.place))
+        held_out = validation(data, config, here.place)
+        bounds = engine.evaluate(held_out.batches, len(held_out.t))
         state = digest_of_state(engine)
         CheckpointWriter(checkpoints, engine).save(Progress(step=steps, consumed_samples=steps * size))
     tensor, pipeline = (
@@ -70,7 +71,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
         losses=[step.losses.loss for step in results],
         norms=[step.gradient_norm for step in results],
         bounds_by_t=[step.losses.bound_by_t() for step in results],
-        validation=held_out.loss,
+        validation=float(bounds.mean()),
         digests=digests,
         state=state,
         model_rank=(tensor, pipeline),

@@ -79,6 +79,7 @@ def write(
         save_file(tensors, folder / file)
     manifest = Manifest(
         format=FORMAT,
+        corpora=(),
         saved=datetime.now(UTC),
         progress=Progress(step=step, consumed_samples=4 * step),
         optimizer_steps=step,

@@ -1,9 +1,10 @@
 import threading
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields
-from itertools import chain, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
-from llada_train.data.loader import Place, Row, TrainingLoader, collate, validation_batches
+from llada_train.data.loader import Row, TrainingLoader, collate, validation
+from llada_train.data.place import Place
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
+from llada_train.objective.forward_process import training_noise
 
 N, S, MASK_ID, PADDING_ID = 16, 32, 98, 99
 LAYOUTS = [(dp, micro) for dp in (1, 2, 4) for micro in (1, 2, 4)]
@@ -28,7 +31,13 @@ def row(length: int, masked: list[int], **values: Any) -> Row:
     """Tokens 10, 11, …, masked at the given positions."""
     mask = np.isin(np.arange(length), masked)
     return Row(
-        **{"sample_index": 0, "mask_probability": 0.5, "loss_weight": 1.0, **values},
+        **{
+            "sample_index": 0,
+            "mask_probability": 0.5,
+            "loss_weight": 1.0,
+            "document_lengths": (length,),
+            **values,
+        },
         tokens=np.arange(10, 10 + length),
         mask=mask,
     )
@@ -72,7 +81,7 @@ def test_collate_by_hand() -> None:
     ]
     batch = collate(rows, 4, MASK_ID, PADDING_ID)
     assert batch.input_ids.tolist() == [[98, 11, 98, 13], [10, 98, 99, 99]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert batch.segments is not None
     for cu_seqlens in (batch.segments.cu_seqlens_q, batch.segments.cu_seqlens_kv):
         assert cu_seqlens.tolist() == [0, 4, 6, 8]
@@ -90,7 +99,7 @@ def test_collate_of_half_the_columns_by_hand() -> None:
     rows = [row(4, [0, 2], loss_weight=0.125), row(1, [0], loss_weight=0.5), row(3, [1, 2], loss_weight=0.25)]
     batch = collate(rows, 4, MASK_ID, PADDING_ID, Place(context_parallel_rank=1, context_parallel_size=2))
     assert batch.input_ids.tolist() == [[98, 13], [99, 99], [98, 99]]
-    assert batch.position_ids.tolist() == [[2, 3]] * 3
+    assert batch.position_ids.tolist() == [[2, 3], [1, 2], [2, 0]]
     assert batch.masked_positions.tolist() == [0, 4] + [0] * 254
     assert batch.targets.tolist() == [12, 12] + [0] * 254
     assert batch.loss_weight.tolist() == [0.125, 0.25] + [0] * 254
@@ -109,12 +118,14 @@ def test_full_rows_need_no_segments() -> None:
 
 @st.composite
 def rows_and_slices(draw: st.DrawFn) -> tuple[list[Row], int]:
-    """Rows of 24 columns, some cut, masked anywhere, of different weights; the number of slices of their columns."""
+    """Rows of 24 columns, some cut, masked anywhere, of different weights and documents; the number of slices."""
     lengths = st.sampled_from([24, 24, *range(1, 24)])
     rows = []
     for b, length in enumerate(draw(st.lists(lengths, min_size=1, max_size=4))):
         masked = draw(st.lists(st.integers(0, length - 1), unique=True))
-        rows.append(row(length, masked, sample_index=40 + b, loss_weight=2.0**-b, mask_probability=2.0 ** -(b + 1)))
+        borders = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=3))})
+        values = {"sample_index": 40 + b, "loss_weight": 2.0**-b, "mask_probability": 2.0 ** -(b + 1)}
+        rows.append(row(length, masked, document_lengths=tuple(np.diff(borders).tolist()), **values))
     return rows, draw(st.sampled_from([1, 2, 3, 4, 6, 24]))
 
 
@@ -126,11 +137,11 @@ def slices_of(rows: list[Row], sequence_length: int, count: int) -> list[Batch]:
 
 def masked_tokens(slices: list[Batch]) -> list[tuple[int, int, int, float]]:
     """(row, column of the whole row, target, weight) of each masked token, in order."""
-    found = []
+    found, first = [], 0
     for batch in slices:
-        real = batch.loss_weight > 0
-        rows, columns = batch.masked_positions // batch.input_ids.shape[1], batch.position_ids.flatten()
-        columns = columns[batch.masked_positions]
+        real, width = batch.loss_weight > 0, batch.input_ids.shape[1]
+        rows, columns = batch.masked_positions // width, batch.masked_positions % width + first
+        first += width
         found += zip(*(x[real].tolist() for x in (rows, columns, batch.targets, batch.loss_weight)), strict=True)
     return sorted(found)
 
@@ -143,7 +154,8 @@ def test_slices_of_the_columns_put_together_are_the_batch(drawn: tuple[list[Row]
     ids, positions = (
         torch.cat([getattr(batch, name) for batch in slices], dim=1) for name in ("input_ids", "position_ids")
     )
-    assert positions.tolist() == [list(range(24))] * len(rows)
+    pieces = [[*one.document_lengths, 24 - len(one.tokens)] for one in rows]
+    assert positions.tolist() == [list(chain(*map(range, lengths))) for lengths in pieces]
     for one, found in zip(rows, ids.tolist(), strict=True):
         noised = [MASK_ID if masked else token for token, masked in zip(one.tokens, one.mask, strict=True)]
         assert found == noised + [PADDING_ID] * (24 - len(noised))
@@ -168,13 +180,13 @@ def segment(cu_seqlens: torch.Tensor, token: int) -> int:
 @settings(deadline=None)
 @given(rows_and_slices())
 def test_a_token_asks_in_the_segment_where_its_row_is(drawn: tuple[list[Row], int]) -> None:
-    """Through both borders a slice's token is in the same segment, and only the tokens of its row, or padding, are."""
+    """Through both borders a slice's token is in the same segment, and only those of its document, or padding, are."""
     rows, count = drawn
     S = 24 // count
-    members: dict[int, set[tuple[int, bool]]] = {}
+    members: dict[int, set[tuple[int, int]]] = {}
     for rank, batch in enumerate(slices_of(rows, 24, count)):
         if batch.segments is None:
-            assert all(len(one.tokens) == 24 for one in rows)
+            assert all(one.document_lengths == (24,) for one in rows)
             continue
         cu_q, cu_kv = batch.segments.cu_seqlens_q, batch.segments.cu_seqlens_kv
         assert batch.segments.lengths == tuple(zip(cu_q.diff().tolist(), cu_kv.diff().tolist(), strict=True))
@@ -183,8 +195,12 @@ def test_a_token_asks_in_the_segment_where_its_row_is(drawn: tuple[list[Row], in
             b, column = token // S, rank * S + token % S
             number = segment(cu_q, token)
             assert number == segment(cu_kv, b * 24 + column)
-            members.setdefault(number, set()).add((b, column < len(rows[b].tokens)))
+            document = bisect_right(list(accumulate(rows[b].document_lengths)), column)
+            members.setdefault(number, set()).add((b, document))
     assert all(len(of) == 1 for of in members.values())
+    if members:
+        every = [of for found in members.values() for of in found]
+        assert len(set(every)) == len(every) == sum(len(one.document_lengths) + (len(one.tokens) < 24) for one in rows)
 
 
 @pytest.mark.parametrize(("masked", "padded"), [(0, 256), (1, 256), (256, 256), (257, 512)])
@@ -243,7 +259,7 @@ def test_context_parallel_ranks_read_the_columns_of_the_same_rows(config_of: Cal
 
     def batches(place: Place) -> list[Batch]:
         if read == "validation":
-            return validation_batches(data, config, place)
+            return validation(data, config, place).batches
         return TrainingLoader(data, config, place).global_batch(2 * N)
 
     for dp_rank in range(2):
@@ -365,7 +381,7 @@ def test_validation_is_the_same_in_every_layout_and_every_time(config_of: Callab
     for dp, micro in [*LAYOUTS, (1, 1)]:
         config = config_of(validation__sequences=7, training__micro_batch_size=micro)
         data = PretrainingData(config)
-        ranks = [validation_batches(data, config, Place(rank, dp)) for rank in range(dp)]
+        ranks = [validation(data, config, Place(rank, dp)).batches for rank in range(dp)]
         assert len({len(batches) for batches in ranks}) == 1
         assert {batch.input_ids.shape for batches in ranks for batch in batches} == {(micro, S)}
         assert all(batch.segments is None for batches in ranks for batch in batches)
@@ -390,7 +406,7 @@ def test_validation_fills_up_the_groups_of_the_interleaved_schedule(
     )
     data = PretrainingData(config)
     for dp in (1, 2):
-        ranks = [validation_batches(data, config, Place(rank, dp)) for rank in range(dp)]
+        ranks = [validation(data, config, Place(rank, dp)).batches for rank in range(dp)]
         (count,) = {len(batches) for batches in ranks}
         micro_batches = -(-sequences // (dp * config.training.micro_batch_size))
         assert count % multiple == 0
@@ -403,7 +419,7 @@ def test_validation_of_a_constant_nll_is_that_constant(config_of: Callable[..., 
     """t is on a grid and nothing is cut: Σ weights is 1 within the masks' own deviation, Σ (1−p)/(p·S·M²)."""
     config = config_of(validation__sequences=50)
     data = PretrainingData(config)
-    batches = validation_batches(data, config)
+    batches = validation(data, config).batches
     rows = len(data.validation_rows)
     p = torch.cat([batch.t for batch in batches])
     p = p[torch.cat([batch.sample_index for batch in batches]) >= 0].double()
@@ -412,6 +428,49 @@ def test_validation_of_a_constant_nll_is_that_constant(config_of: Callable[..., 
     assert abs(float(sum(batch.loss_weight.sum() for batch in batches)) - 1) < 3 * deviation
 
 
+def test_the_bound_of_each_corpus_and_of_each_range_of_t(
+    config_of: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Each corpus has t on a grid of its own, and its own mean of the rows' bounds."""
+    corpora = [{"path": str(tiny_data / "corpus"), "validation_documents": 20}]
+    for name, held_out in (("a/web", 30), ("b/web", 0), ("c/code", 10)):
+        (tmp_path / name).parent.mkdir()
+        path = tmp_path / name
+        for suffix in (".bin", ".idx", ".json"):
+            path.with_suffix(suffix).write_bytes((tiny_data / f"corpus{suffix}").read_bytes())
+        corpora.append({"path": str(path), "validation_documents": held_out})
+    config = config_of(data__corpora=corpora, validation__sequences=31)
+    found = validation(PretrainingData(config), config)
+    assert list(found.counts)[1:] == ["a/web", "c/code"]
+    assert list(found.counts.values()) == [10, 11, 10]
+    bounds = np.concatenate([np.full(n, c) for c, n in enumerate(found.counts.values())]).astype(float)
+    assert list(found.by_corpus(bounds).values()) == [0.0, 1.0, 2.0]
+    for part in np.split(found.t, [10, 21]):
+        u = (part - 1e-3) / (1 - 1e-3)
+        assert np.allclose(np.sort(u), (np.arange(len(u)) + 0.5) / len(u))
+    assert found.by_t(found.t, 4) == pytest.approx([found.t[(found.t * 4).astype(int) == b].mean() for b in range(4)])
+    assert found.by_t(found.t, 400)[0] is None
+
+
+@pytest.mark.parametrize("rows", ["packed", "document_attention"])
+def test_documents_of_a_row_end_in_eos(config_of: Callable[..., Config], rows: str) -> None:
+    config = config_of(data__rows=rows, objective={"random_length_probability": 0.5})
+    data = PretrainingData(config)
+    batches = TrainingLoader(data, config).global_batch(0)
+    noise = training_noise(config.seed, 0, N, S, config.objective)
+    for batch, first in zip(batches, range(0, N, 2), strict=True):
+        expected: list[int] = []
+        for b in (first, first + 1):
+            length = int(noise.lengths[b])
+            tokens = data.training_rows([b])[0][:length].tolist()
+            ends = [i + 1 for i, token in enumerate(tokens) if token == data.tokenizer.eos_id]
+            inner = [] if rows == "packed" else ends
+            expected += [(b - first) * S + place for place in sorted({0, *inner, length})]
+        borders = sorted({*expected, 2 * S})
+        found = [0, S, 2 * S] if batch.segments is None else batch.segments.cu_seqlens_kv.tolist()
+        assert found == borders
+
+
 def test_without_held_out_documents_there_is_no_validation(config_of: Callable[..., Config], tiny_data: Path) -> None:
     config = config_of(data__corpora=[{"path": str(tiny_data / "corpus")}])
-    assert validation_batches(PretrainingData(config), config) == []
+    assert validation(PretrainingData(config), config).batches == []

@@ -151,11 +151,11 @@ def test_ids_beyond_the_model_are_refused_when_opened(opened: Callable[..., Pret
 
 
 def test_ids_beyond_the_model_are_refused_when_read(opened: Callable[..., PretrainingData], tmp_path: Path) -> None:
-    stream = np.ones(1000 * S, int)
-    stream[-S - 1] = 999  # in a row that is not looked at when the corpus is opened
+    stream = np.ones(10_000 * S, int)
+    stream[1500] = 999  # at a place that is not looked at when the corpus is opened
     data = opened([{"path": write(tmp_path / "c", [stream])}])
     with pytest.raises(UserError, match="holds token id 999"):
-        data.training_rows(np.arange(1000))
+        data.training_rows(np.arange(10_000))
 
 
 @pytest.mark.parametrize(

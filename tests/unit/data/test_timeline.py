@@ -1,7 +1,6 @@
 """The phases of a run against a walk step by step, and what its samples read against a walk along each corpus."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +178,26 @@ def test_accepted_changes_hold_from_the_next_boundary_and_leave_the_past(
     assert [token for *_, token in tokens] == [i % 12 for i in range(len(tokens))]
 
 
+def check_the_way_back(timeline: Timeline) -> None:
+    """From a step to its samples and back; from the tokens of a block to the samples that read them."""
+    starts = list(timeline.steps(0, timeline.end_samples))
+    assert [timeline.first_sample(step) for step in range(1, len(starts) + 1)] == starts
+    for step in (0, len(starts) + 1):
+        with pytest.raises(IndexError, match=f"step {step} of a run of {len(starts)}"):
+            timeline.first_sample(step)
+    steps = {
+        sample: number
+        for number, first in enumerate(starts, start=1)
+        for sample in range(first, first + timeline.phase(first).global_batch_size)
+    }
+    samples = range(timeline.end_samples + 3)
+    assert [timeline.step(sample) for sample in samples] == [steps.get(sample) for sample in samples]
+    where = timeline.locate(list(steps))
+    for sample, block, offset, length in zip(steps, *(values.tolist() for values in where), strict=True):
+        assert timeline.samples_of(block, offset, offset + length) == [sample]
+        assert sample in timeline.samples_of(block, max(0, offset - 1), offset + 1)
+
+
 @settings(max_examples=60)
 @given(configs(), configs(), st.data())
 def test_passing_over_whole_steps_moves_no_other(config: Config, later: Config, data: st.DataObject) -> None:
@@ -197,6 +216,7 @@ def test_passing_over_whole_steps_moves_no_other(config: Config, later: Config, 
         boundary = next((phase.first_sample for phase in timeline.phases if phase.first_sample > end), 10**9)
         same = [step for step in new if end <= step[0] < boundary]
         assert same == after[: len(same)]
+    check_the_way_back(timeline)
 
     for consumed in [sample for sample in timeline.steps(0, timeline.end_samples) if sample > 0]:
         recorded = timeline.begun(consumed)
@@ -257,6 +277,6 @@ def test_a_recorded_past_knows_nothing_of_corpora_added_since() -> None:
     old = Timeline(config_of(4, 2, 100, [], (1.0,)))
     new = Timeline(config_of(4, 2, 100, [], (1.0, 0.0)), old.begun(6), 6)
     assert new.phases == [old.phases[0].model_copy(update={"weights": (1.0, 0.0)})]
-    later = [{"from_tokens": 30, "weights": {Path("b"): 1.0}}]
+    later = [{"from_tokens": 30, "weights": {"b": 1.0}}]
     new = Timeline(config_of(4, 2, 100, later, (1.0, 0.0)), old.begun(6), 6)
     assert new.mixtures == [(0, (1.0, 0.0)), (8, (1.0, 1.0))]

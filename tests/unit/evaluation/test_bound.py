@@ -7,13 +7,18 @@ import torch
 from torch import Tensor
 
 from llada_train.evaluation.bound import variational_bound
+from llada_train.objective.forward_process import Noise, validation_noise
 
 V, S, MASK = 3, 4, 3
 
 
+def noise(seed: int, rows: np.ndarray) -> Noise:
+    return validation_noise(seed, [len(rows)], rows.shape[1], epsilon=1e-3)
+
+
 def test_uniform_logits_cost_ln_v() -> None:
     rows = np.random.default_rng(0).integers(0, 50, (2000, 32))
-    bound = variational_bound(lambda ids: torch.zeros(*ids.shape, 50), rows, 50, seed=1, batch_size=250)
+    bound = variational_bound(lambda ids: torch.zeros(*ids.shape, 50), rows, noise(1, rows), 50, batch_size=250)
     assert bound.mean == pytest.approx(math.log(50), abs=4 * bound.standard_error)
     assert bound.standard_error < 0.05
 
@@ -34,11 +39,11 @@ def test_exact_conditionals_of_a_markov_chain_give_its_entropy(seed: int) -> Non
         return torch.einsum("bn,nsv->bsv", fits / fits.sum(1, keepdim=True), one_hot).log()
 
     held_out = rows[np.random.default_rng(seed).choice(len(rows), 20_000, p=joint)]
-    bound = variational_bound(exact, held_out, MASK, seed, batch_size=2_000)
+    bound = variational_bound(exact, held_out, noise(seed, held_out), MASK, batch_size=2_000)
     assert bound.mean == pytest.approx(entropy, abs=3 * bound.standard_error)
     assert bound.standard_error < 0.02 * entropy
 
-    wrong = variational_bound(lambda ids: exact(ids) / 2, held_out, MASK, seed, batch_size=2_000)
+    wrong = variational_bound(lambda ids: exact(ids) / 2, held_out, noise(seed, held_out), MASK, batch_size=2_000)
     assert wrong.mean > entropy + 3 * wrong.standard_error
 
 
@@ -51,15 +56,18 @@ def test_only_the_noised_row_is_shown_and_batches_change_nothing() -> None:
         seen.append(ids)
         return torch.stack([ids.double().sin() * v for v in range(V)], dim=-1)
 
-    one = variational_bound(model, rows, MASK, 7, batch_size=4, on_progress=lambda *step: progress.append(step))
+    one = variational_bound(
+        model, rows, noise(7, rows), MASK, batch_size=4, on_progress=lambda *step: progress.append(step)
+    )
     shown = torch.cat(seen).numpy()
     masked = shown == MASK
     assert masked.any() and not masked.all() and (shown[~masked] == rows[~masked]).all()
     assert progress == [(4, 10), (8, 10), (10, 10)]
-    two = variational_bound(model, rows, MASK, 7, batch_size=10)
+    two = variational_bound(model, rows, noise(7, rows), MASK, batch_size=10)
     assert one.mean == pytest.approx(two.mean, rel=1e-12)
 
 
 def test_no_rows() -> None:
+    empty = np.empty((0, 4), np.int64)
     with pytest.raises(ValueError, match="no rows"):
-        variational_bound(lambda ids: ids, np.empty((0, 4), np.int64), MASK, 0)
+        variational_bound(lambda ids: ids, empty, noise(0, empty), MASK)

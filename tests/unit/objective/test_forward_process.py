@@ -141,7 +141,7 @@ def test_rows_without_a_mask_are_not_redrawn() -> None:
 
 
 def test_validation_noise_is_a_permuted_grid_of_its_own() -> None:
-    noise, again = (validation_noise(SEED, 40, 64, EPSILON) for _ in range(2))
+    noise, again = (validation_noise(SEED, [40], 64, EPSILON) for _ in range(2))
     assert np.array_equal(noise.mask_probability, again.mask_probability)
     assert all(np.array_equal(noise.mask(i), again.mask(i)) for i in range(40))
     u = u_of(noise)

@@ -23,7 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
-from llada_train.data.loader import Place, Row, TrainingLoader, collate
+from llada_train.data.loader import Row, TrainingLoader, collate
+from llada_train.data.place import Place, place_of
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import parameter_count, tensor_specs
@@ -61,6 +62,7 @@ def process(config: Config, rank: int, world_size: int = WORLD_SIZE) -> Process:
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         place = topology.initialize_groups(config.parallel)
+        assert place == place_of(rank, world_size, config.parallel)  # what knows no torch knows it as well
         with torch.device("meta"):
             model = LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
         pipeline = parallel_state.get_pipeline_model_parallel_rank()
@@ -222,7 +224,9 @@ def test_context_parallel_peers_of_1024_share_rows_and_split_columns(
     assert_reads_the_batch_once(interleaved, blocks)
     assert context_copies[0][0].samples == blocks[17]
     length = interleaved.data.sequence_length
-    row = Row(0, np.arange(length), np.zeros(length, bool), mask_probability=0.5, loss_weight=0.0)
+    row = Row(
+        0, np.arange(length), np.zeros(length, bool), mask_probability=0.5, loss_weight=0.0, document_lengths=(length,)
+    )
     halves = [collate([row], length, mask_id=-1, padding_id=-1, place=copy[0].place) for copy in context_copies]
     assert torch.cat([half.input_ids for half in halves], dim=1).tolist() == [list(range(length))]
     assert torch.cat([half.position_ids for half in halves], dim=1).tolist() == [list(range(length))]

@@ -96,8 +96,6 @@ def test_changes_that_have_to_be_accepted(
             "data.sequence_length: 32 → 16 (schedule.0 has set it since; add a change to `schedule`)",
         ),
         ({"data__corpora": CORPORA[:1]}, "data.corpora.1.path: b → None (corpora keep their places"),
-        ({"data__corpora": CORPORA[::-1]}, "data.corpora.0.path: a → b (corpora keep their places"),
-        ({"data__corpora": [CORPORA[0], {"path": "c"}]}, "data.corpora.1.path: b → c (corpora keep their places"),
         (
             {"data__corpora": [{"path": "a", "validation_documents": 21}, CORPORA[1]]},
             "data.corpora.0.validation_documents: 20 → 21 (training has read, or left out, those documents",

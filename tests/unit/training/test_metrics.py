@@ -35,7 +35,9 @@ def write(log: MetricsLog, steps: range, loss: float = 2.5) -> None:
             step_seconds=2.0,
             nelbo_by_t=[0.1 * i for i in range(9)] + [None],
         )
-        log.validation(step=step, tokens=8192 * step, bound=3.0, bound_by_t=[0.3] * 10)
+        log.validation(
+            step=step, tokens=8192 * step, bound=3.0, bound_by_t=[0.3] * 10, bound_by_corpus={"web": 2.5, "code": 3.5}
+        )
 
 
 def tensorboard(run_dir: Path, tag: str) -> list[tuple[int, float]]:

@@ -1,14 +1,51 @@
-"""A layout has to fit what is still in force of a run's past, not only what its config says now."""
+"""What is found at fault before anything starts."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import copy_corpus, record_checkpoint
 
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
+from llada_train.data.corpus import Corpus, CorpusWriter
+from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
-from llada_train.training.preflight import check_phases
+from llada_train.training.preflight import check_phases, open_inputs
+
+
+def rewritten(prefix: Path, documents: list[np.ndarray]) -> None:
+    with CorpusWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+
+
+def test_a_run_goes_on_with_the_corpora_that_it_began_with(
+    make_config: Callable[..., Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    prefix, moved = copy_corpus(tiny_data, tmp_path), tmp_path / "elsewhere"
+    path = make_config(data__corpora=[{"path": str(prefix), "validation_documents": 20}])
+    config = load_config(path)
+    record_checkpoint(config, PretrainingData(config), steps=2)
+    open_inputs(path, [], 1)
+    for suffix in (".bin", ".idx", ".json"):
+        prefix.with_suffix(suffix).rename(moved.with_suffix(suffix))
+    at_new_place = f"data.corpora.0.path={moved}"
+    open_inputs(path, [at_new_place], 1)
+
+    corpus = Corpus(moved)
+    documents = [corpus.document(i).copy() for i in range(300)]
+    cases = [
+        (documents[:-1], r"300 documents with [\d,]+ tokens then, 299 with [\d,]+ now"),
+        ([documents[1], documents[0], *documents[2:]], "as large as before, but with other tokens"),
+    ]
+    for others, differs in cases:
+        rewritten(moved, others)
+        with pytest.raises(UserError, match=rf"elsewhere: not the corpus that the run in .*/run was .*\({differs}\)"):
+            open_inputs(path, [at_new_place], 1)
+    rewritten(moved, documents)
+    open_inputs(path, [at_new_place], 1)
 
 
 def test_a_batch_size_still_in_force_has_to_fit_the_processes(make_config: Callable[..., Path]) -> None:

@@ -33,6 +33,7 @@ def begun(make_config: Callable[..., Path]) -> Path:
     config = load_config(path)
     manifest = Manifest(
         format=FORMAT,
+        corpora=(),
         saved=datetime.now(UTC),
         progress=PROGRESS,
         optimizer_steps=5,

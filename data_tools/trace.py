@@ -1,0 +1,190 @@
+"""Which text a step of a run uses, and which steps use a text: computed from the config, without running it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from llada_train.checkpoint.store import FOLDER, newest_manifest
+from llada_train.config.errors import UserError
+from llada_train.config.load import load_config
+from llada_train.config.schema import Config
+from llada_train.data.corpus import Corpus
+from llada_train.data.place import ALONE, Place, place_of
+from llada_train.data.rows import PretrainingData, Stretch
+from llada_train.objective.forward_process import training_noise
+
+CHUNK = 1 << 18  # tokens that are searched at once
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """A document, or the part of it, that a row holds."""
+
+    number: int  # in its corpus
+    first_token: int  # of the part, in the document
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TracedRow:
+    sample: int
+    corpus: str
+    epoch: int
+    documents: list[DocumentPart]
+    length: int  # tokens that are trained on: fewer than sequence_length where the row is cut
+    t: float  # mask probability
+    masked: int  # tokens that are masked
+    text: str  # of those `length` tokens
+
+
+@dataclass(frozen=True)
+class DocumentUse:
+    """One document that holds a text, and the steps that read some of it; one after the other, by epoch."""
+
+    corpus: str
+    document: int
+    tokens: int
+    held_out: bool
+    steps: list[int]
+
+
+def open_run(config_file: Path, overrides: Sequence[str] = ()) -> tuple[Config, PretrainingData]:
+    """The data of a config, in the order of its run: as its newest checkpoint records it, if there is one.
+
+    Raises:
+        UserError: config, data or checkpoint are at fault.
+    """
+    config = load_config(config_file, overrides)
+    data = PretrainingData(config)
+    found = newest_manifest(config.run_dir / FOLDER)
+    if found is None:
+        return config, data
+    progress = found[1].progress
+    return config, data.at(data.timeline_after(progress.phases, progress.consumed_samples))
+
+
+def place(config: Config, rank: int | None, processes: int | None) -> Place:
+    """Of one rank; None: of all together.
+
+    Raises:
+        UserError: there is no such rank, or the processes do not fit the layout.
+    """
+    if rank is None:
+        return ALONE
+    together = config.parallel.processes_per_row
+    if processes is None:
+        raise UserError("--rank: which rows a rank reads hangs on how many there are; give --processes as well")
+    if processes % together or not 0 <= rank < processes:
+        raise UserError(
+            f"--rank {rank} of --processes {processes}: ranks are 0 to {processes - 1}, and the config's layout takes "
+            f"a multiple of {together} processes"
+        )
+    return place_of(rank, processes, config.parallel)
+
+
+def trace(config: Config, data: PretrainingData, step: int, of: Place = ALONE) -> Iterator[TracedRow]:
+    """The rows that a place reads in step 1, 2, … of the run.
+
+    Raises:
+        UserError: the run has no such step, or a corpus cannot be read.
+    """
+    timeline = data.timeline
+    try:
+        first_sample = timeline.first_sample(step)
+    except IndexError:
+        last = timeline.step(timeline.end_samples - 1)
+        raise UserError(f"--step {step}: the run has the steps 1 to {last}") from None
+    phase = timeline.phase(first_sample)
+    size = phase.global_batch_size
+    noise = training_noise(config.seed, first_sample, size, phase.sequence_length, config.objective)
+    samples = of.samples(first_sample, size)
+    rows = zip(samples, data.training_stretches(samples), data.training_rows(samples), strict=True)
+    for sample, stretch, tokens in rows:
+        i = sample - first_sample
+        length = int(noise.lengths[i])
+        yield TracedRow(
+            sample=sample,
+            corpus=data.names[stretch.corpus],
+            epoch=stretch.epoch,
+            documents=_documents(data.corpora[stretch.corpus], stretch),
+            length=length,
+            t=float(noise.mask_probability[i]),
+            masked=int(noise.mask(i).sum()),
+            text=data.tokenizer.decode(tokens[:length].tolist(), keep_special=True),
+        )
+
+
+def _documents(corpus: Corpus, stretch: Stretch) -> list[DocumentPart]:
+    parts = []
+    number, place = corpus.document_at(stretch.start), stretch.start
+    while place < stretch.stop:
+        start, end = corpus.document_start(number), corpus.document_start(number + 1)
+        if end > place:  # not an empty document
+            parts.append(DocumentPart(number, place - start, min(end, stretch.stop) - place))
+            place = min(end, stretch.stop)
+        number += 1
+    return parts
+
+
+def find(
+    data: PretrainingData, text: str, on_progress: Callable[[int], None] = lambda tokens: None
+) -> Iterator[DocumentUse]:
+    """The documents of all corpora that hold a text, as each is found; `on_progress` gets the tokens searched so far.
+
+    Raises:
+        UserError: a corpus cannot be read.
+    """
+    searched = 0
+    for c, corpus in enumerate(data.corpora):
+        seen = -1
+        for token in _search(data, corpus, text.encode(), partial(_add, on_progress, searched)):
+            number = corpus.document_at(token)
+            if number > seen:
+                seen = number
+                start, end = corpus.document_start(number), corpus.document_start(number + 1)
+                steps = [data.timeline.step(sample) for sample, _ in data.uses(c, start, end)]
+                yield DocumentUse(
+                    corpus=data.names[c],
+                    document=number,
+                    tokens=end - start,
+                    held_out=number >= data.trained_documents(c),
+                    steps=sorted({step for step in steps if step is not None}),
+                )
+        searched += corpus.num_tokens
+
+
+def _add(on_progress: Callable[[int], None], before: int, tokens: int) -> None:
+    on_progress(before + tokens)
+
+
+def _search(data: PretrainingData, corpus: Corpus, wanted: bytes, on_progress: Callable[[int], None]) -> Iterator[int]:
+    """The token in which each occurrence of some bytes begins, in order; memory does not grow with the corpus."""
+    of_token = data.tokenizer.token_bytes
+    everything = np.frombuffer(b"".join(of_token), np.uint8)
+    sizes = np.array([len(token) for token in of_token])
+    offsets = np.cumsum(sizes) - sizes
+    start = 0
+    while start < corpus.num_tokens:
+        # What begins in this chunk may end in the next one.
+        tokens = corpus.tokens(start, min(start + CHUNK + len(wanted), corpus.num_tokens)).astype(np.int64)
+        if tokens.max() >= len(sizes):
+            raise UserError(
+                f"{corpus.prefix}: holds token id {tokens.max()}, but the tokenizer has {len(sizes)}; it is damaged or "
+                "was made with another tokenizer"
+            )
+        ends = np.cumsum(sizes[tokens])
+        begins = ends - sizes[tokens]
+        gather = np.arange(ends[-1]) + np.repeat(offsets[tokens] - begins, sizes[tokens])
+        content = everything[gather].tobytes()
+        at = content.find(wanted)
+        while at >= 0:
+            token = int(np.searchsorted(ends, at, side="right"))
+            if token >= CHUNK:
+                break
+            yield start + token
+            at = content.find(wanted, at + 1)
+        start += CHUNK
+        on_progress(min(start, corpus.num_tokens))

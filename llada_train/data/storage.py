@@ -1,0 +1,156 @@
+"""Files that are read at any place, by any thread: on a file system, or wherever fsspec reaches (s3://, gs://, http://).
+
+Nothing is memory-mapped: a file that is cut under a memory map ends the process by SIGBUS, without a word.
+"""
+
+import errno
+import os
+import resource
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from llada_train.config.errors import UserError
+
+ATTEMPTS = 6  # of a remote read; the waits between them add up to half a minute
+
+Result = TypeVar("Result")
+
+
+class File(Protocol):
+    path: str
+    size: int  # as it was when it was opened
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes [start, start + size), which lay in the file when it was opened.
+
+        Raises:
+            UserError: they are not there any more, or cannot be read.
+        """
+
+
+def is_remote(path: str) -> bool:
+    """Is it a URL, and not a path?"""
+    return "://" in path
+
+
+def exists(path: str) -> bool:
+    """
+    Raises:
+        UserError: the storage cannot be asked.
+    """
+    if not is_remote(path):
+        return Path(path).is_file()
+    system, inner = _file_system(path)
+    return bool(_patiently(path, lambda: system.isfile(inner)))
+
+
+def matches(pattern: str) -> list[str]:
+    """The paths that fit a pattern with `*`, `?` or `[…]`, sorted.
+
+    Raises:
+        UserError: the storage cannot be asked.
+    """
+    system, inner = _file_system(pattern)
+    found = _patiently(pattern, lambda: system.glob(inner))
+    return sorted(system.unstrip_protocol(path) if is_remote(pattern) else path for path in found)
+
+
+def open_file(path: str) -> File:
+    """
+    Raises:
+        UserError: it does not exist, or cannot be read.
+    """
+    return _RemoteFile(path) if is_remote(path) else _LocalFile(path)
+
+
+class _LocalFile:
+    """Stays open, so that a file that is removed under a run goes on being read; closed when it is no longer used."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._descriptor = _open(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; mend its permissions") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, start: int, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                part = os.pread(self._descriptor, size - len(data), start + len(data))
+            except OSError as error:
+                raise _lost(self.path, f"cannot be read any more: {error.strerror}") from None
+            if not part:
+                raise _lost(self.path, f"has no byte {start + len(data):,} any more, of {self.size:,}: it was cut")
+            data += part
+        return data
+
+
+def _open(path: str) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a corpus may be of thousands of files
+        return os.open(path, flags)
+
+
+class _RemoteFile:
+    """An object that is read by range. What fails is tried again, since one lost packet must not end a long run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._system, self._inner = _file_system(path)
+        self.size = int(_patiently(path, lambda: self._system.info(self._inner)["size"]))
+
+    def read(self, start: int, size: int) -> bytes:
+        if not size:
+            return b""
+        data: bytes = _patiently(self.path, lambda: self._system.cat_file(self._inner, start=start, end=start + size))
+        if len(data) < size:
+            raise _lost(self.path, f"has no byte {start + len(data):,} any more, of {self.size:,}: it was cut")
+        return data
+
+
+def _file_system(path: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path in it."""
+    import fsspec
+
+    protocol = path.partition("://")[0]
+    try:
+        system, inner = fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {protocol}:// cannot be read here: {error}") from None
+    return system, inner
+
+
+def _patiently(path: str, ask: Callable[[], Result]) -> Result:
+    """What `ask` returns; a fault that may pass is waited for, longer each time."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return ask()
+        except (FileNotFoundError, PermissionError) as error:
+            raise UserError(f"{path}: cannot be read: {error}; mend the URL or the credentials") from None
+        except Exception as error:  # each storage has exceptions of its own
+            if attempt == ATTEMPTS:
+                raise UserError(
+                    f"{path}: cannot be read, after {ATTEMPTS} attempts: {type(error).__name__}: {error}; run the same "
+                    "command again when the storage answers"
+                ) from None
+            time.sleep(2 ** (attempt - 1))
+    raise AssertionError
+
+
+def _lost(path: str, what: str) -> UserError:
+    return UserError(
+        f"{path}: {what} since it was opened; put the file back as it was, and run the same command again: a run goes "
+        "on from its newest checkpoint"
+    )
