@@ -198,7 +198,8 @@ def _show(report: "Report", sources: "Sources", output: Path | None) -> None:
     verb = "removed" if output is not None else "contaminated"
     for rule, counts in removed.items():
         for sample in counts.samples[:1]:
-            text = " ".join(sample.text[:SHOWN].split())
+            shown = "".join(c if c.isprintable() else " " for c in sample.text[:SHOWN])
+            text = " ".join(shown.split())
             typer.echo(f"{verb}, {rule}: document {sample.document} ({sample.why}): {text}", err=True)
     rows = [
         ("documents", report.documents, report.text_bytes),

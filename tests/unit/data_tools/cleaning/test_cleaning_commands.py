@@ -22,7 +22,7 @@ GOOD = [
     f"The {name} of " + " and ".join(f"{name}{i} of word{i * i}" for i in range(30))
     for name in ("ab", "cd", "ef", "gh")
 ]
-BAD = ["too short", "the and # word " * 20, "the and " + "1234 5678 " * 30]
+BAD = ["too short\x1b", "the and # word " * 20, "the and " + "1234 5678 " * 30]
 
 
 @pytest.fixture
@@ -66,12 +66,12 @@ def test_filter(texts: Path, tmp_path: Path, llada_data: Run, workers: int) -> N
         "max_hashes_per_word": 1,
         "min_alphabetic_words": 1,
     }
-    assert report["removed"]["min_words"]["samples"] == [{"document": 1, "why": "measured 2", "text": "too short"}]
+    assert report["removed"]["min_words"]["samples"] == [{"document": 1, "why": "measured 2", "text": BAD[0]}]
     assert (report["documents"], report["kept_documents"], report["rejected"]) == (7, 4, {"broken JSON": 1})
     assert report["settings"]["rules"]["min_words"] == 50
     assert re.match(r"documents +7  100.00% +0.0 MB\nkept +4   57.14% ", out)
     assert f"left out, broken JSON: 1, the first in {texts}, line 8" in err
-    assert "removed, min_words: document 1 (measured 2): too short" in err
+    assert "removed, min_words: document 1 (measured 2): too short\n" in err
 
 
 def test_rules_and_compression(texts: Path, tmp_path: Path, llada_data: Run) -> None:
@@ -82,7 +82,7 @@ def test_rules_and_compression(texts: Path, tmp_path: Path, llada_data: Run) -> 
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert outputs[0].read_bytes()[4:8] == bytes(4)  # no time
     assert outputs[2].read_bytes() == outputs[3].read_bytes()
-    expected = "".join(json.dumps({"text": text}) + "\n" for text in [GOOD[0], "too short", *GOOD[1:]])
+    expected = "".join(json.dumps({"text": text}) + "\n" for text in [GOOD[0], BAD[0], *GOOD[1:]])
     assert gzip.decompress(outputs[0].read_bytes()).decode() == expected
     assert zstandard.ZstdDecompressor().decompressobj().decompress(outputs[2].read_bytes()).decode() == expected
 
