@@ -1,0 +1,52 @@
+"""A folder that appears whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llada_train.checkpoint.store import sync
+from llada_train.config.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def output_problems(out: Path, size: int) -> list[str]:
+    """Why no folder of so many bytes can be made there."""
+    if out.exists() or out.is_symlink():
+        return [f"{out}: exists already; give a new folder, or remove it first"]
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        return [f"{out}: {parent} is not a folder"]
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        return [f"{out}: needs {size / 1e9:,.1f} GB of disk, {free / 1e9:,.1f} GB are free"]
+    return []
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder beside `out` to write to, which becomes `out` if nothing is raised, and is removed if so.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        partial.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
