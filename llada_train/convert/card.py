@@ -23,7 +23,7 @@ A LLaDA masked diffusion language model ([paper](https://arxiv.org/abs/2502.0999
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 logits = model(tokenizer("a <|mdm_mask|> text", return_tensors="pt").input_ids).logits  # of every position, not shifted
 ```
