@@ -1,10 +1,11 @@
-"""To and from Hugging Face format, on real checkpoints and folders; the oracles are safetensors, transformers and torch."""
+"""To and from Hugging Face format, on real files; the oracles are safetensors, transformers and torch."""
 
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_table_names_every_tensor_of_the_released_format(model: ModelConfig) -> 
     for name, spec in tensor_specs(model).items():  # every element once
         runs = sorted(run for piece in pieces.values() if piece.name == name for run in piece.runs)
         assert runs[0][0] == 0 and sum(length for _, length in runs) == spec.numel
-        assert all(a + length == b for (a, length), (b, _) in zip(runs, runs[1:], strict=False))
+        assert all(a + length == b for (a, length), (b, _) in pairwise(runs))
 
 
 @given(group=st.integers(1, 4), kv_heads=st.integers(1, 4), half=st.integers(1, 3))
@@ -141,9 +142,8 @@ def test_exports_are_the_same_from_every_layout(tensor_parallel: int, tokenizer:
     index = json.loads((tmp_path / "new" / "hf" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == size
     for file in set(index["weight_map"].values()):
-        assert set(load_file(tmp_path / "new" / "hf" / file)) == {
-            n for n, f in index["weight_map"].items() if f == file
-        }
+        names = {name for name, place in index["weight_map"].items() if place == file}
+        assert load_file(tmp_path / "new" / "hf" / file).keys() == names
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["hf"]
 
 
@@ -174,7 +174,7 @@ def test_a_released_folder_comes_back_bit_for_bit(base: tuple[Path, dict[str, Te
     assert (model.padded_vocab_size, model.num_kv_heads) == (126464, 2)
     with (
         open_verified(tmp_path / "ours") as weights,
-        pytest.raises(UserError, match="imported from LLaDA-8B-Base, not"),
+        pytest.raises(UserError, match="imported from LLaDA-8B-Base"),
     ):
         _ = weights.config
 
@@ -227,7 +227,7 @@ def test_all_that_is_wrong_is_listed_at_once(small: Path, tmp_path: Path) -> Non
         "mask_token_id is 7",
         "rope is False",
         "weight_tying is True",
-        "wpe.weight: in model-",
+        "wpe.weight: in ",
     ):
         assert line in told, told
     (small / "config.json").write_text(json.dumps(config))
@@ -282,7 +282,7 @@ def test_cut_half_written_and_foreign_folders(small: Path, tmp_path: Path) -> No
 
 
 @given(content=st.binary(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_file_in_place_of_config_or_weights_is_a_users_mistake(
     tmp_path_factory: pytest.TempPathFactory, content: bytes | str
 ) -> None:
@@ -362,6 +362,46 @@ def test_a_killed_conversion_leaves_no_output_and_may_be_repeated(direction: str
     assert (tmp_path / "new").is_dir() and not (tmp_path / "new.partial").exists()
 
 
+def peak(work: Any, out: Any) -> None:
+    """How far resident memory rises, in bytes."""
+
+    def resident(field: str) -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    work()
+    out.put(resident("VmHWM") - before)
+
+
+def test_memory_holds_pieces_of_tensors(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions on a model whose two largest tensors are 32 MB each, as fp32."""
+    released_folder(tmp_path / "hf", d_model=64, n_layers=1, mask_token_id=2, eos_token_id=1)
+    for file in tokenizer.iterdir():  # the released one takes more memory than these weights
+        shutil.copy(file, tmp_path / "hf")
+    monkeypatch.setattr(from_hf_module, "_CHUNK", 1 << 17)
+    monkeypatch.setattr(to_hf_module, "_CHUNK", 1 << 17)
+    from_hf(tmp_path / "hf", tmp_path / "first")  # what is imported and started only once
+    export(tmp_path / "first", tmp_path / "first-back")
+
+    def back() -> None:
+        with open_verified(tmp_path / "ours") as weights:
+            to_hf(weights, tmp_path / "back")
+
+    fork = multiprocessing.get_context("fork")
+    for work in (lambda: from_hf(tmp_path / "hf", tmp_path / "ours"), back):
+        results = fork.SimpleQueue()
+        child = fork.Process(target=peak, args=(work, results))
+        child.start()
+        child.join()
+        assert results.get() < 16 * 2**20  # half a tensor: buffers, the tokenizer, the interpreter's own
+
+
+class ToyConfig(LLaDAConfig):
+    model_type = "toy"
+
+
 class Toy:
     """A family in one place: a llama's names, tensors of its own shape, another config."""
 
@@ -376,9 +416,7 @@ class Toy:
         }
 
     def hf_config(self, model: ModelConfig, tokens: SpecialTokens) -> Any:
-        config = LLADA.hf_config(model, tokens)
-        config.model_type = "toy"
-        return config
+        return ToyConfig(**LLADA.hf_config(model, tokens).to_diff_dict())
 
     def model_config(self, tree: dict[str, Any]) -> ModelConfig:
         return LLADA.model_config(tree)
