@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import training_run  # noqa: F401 - quiets the engines before they are imported
 
 import torch  # isort: skip
@@ -18,7 +19,7 @@ from llada_train.parallel.engine import Engine
 
 class Found(NamedTuple):
     read: set[str]  # tensors that this rank read
-    logits: torch.Tensor | None  # [S, V], on the ranks that have the head
+    logits: np.ndarray | None  # [S, V], on the ranks that have the head
 
 
 def import_and_save(config_file: Path, layout: list[str], folder: Path, ids: list[int], checkpoints: Path) -> Found:
@@ -46,4 +47,4 @@ def import_and_save(config_file: Path, layout: list[str], folder: Path, ids: lis
     CheckpointWriter(checkpoints, engine).save(Progress(step=0, consumed_samples=0))
     read = {shard.name for shard in engine.shards}
     topology.shutdown()
-    return Found(read, seen[0].view(S, V).clone() if seen else None)
+    return Found(read, seen[0].view(S, V).numpy() if seen else None)

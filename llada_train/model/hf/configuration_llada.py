@@ -106,4 +106,6 @@ class LLaDAConfig(PretrainedConfig):
         }
         kwargs.setdefault("architectures", ["LLaDAModelLM"])
         kwargs.pop("auto_map", None)
+        # Said aloud, since transformers 4 ties what does not say it.
+        kwargs["tie_word_embeddings"] = self.weight_tying
         super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)

@@ -395,7 +395,7 @@ def test_memory_holds_pieces_of_tensors(tokenizer: Path, tmp_path: Path, monkeyp
         child = fork.Process(target=peak, args=(work, results))
         child.start()
         child.join()
-        assert results.get() < 16 * 2**20  # half a tensor: buffers, the tokenizer, the interpreter's own
+        assert results.get() < 24 * 2**20  # buffers, the tokenizer and the interpreter: less than one of the two
 
 
 class ToyConfig(LLaDAConfig):
