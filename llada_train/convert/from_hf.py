@@ -46,6 +46,7 @@ class HfWeights:
                 config.json, or another model than `model`; all of it is listed.
         """
         self.folder = folder
+        _check_is_folder(folder)
         found = list(problems)
         with ExitStack() as stack:
             self._tensors = _open_tensors(folder, stack, found)
@@ -121,6 +122,7 @@ def from_hf(folder: Path, out: Path, on_progress: Callable[[int, int], None] = l
     Raises:
         UserError: the folder or its tokenizer do not fit, or `out` cannot be made; all that is wrong is listed.
     """
+    _check_is_folder(folder)
     problems = [*output_problems(out, 0), *_tokenizer_problems(folder)]
     with HfWeights(folder, problems=problems) as weights, ExitStack() as stack:
         total = sum(spec.numel for spec in tensor_specs(weights.model).values()) * ITEM
@@ -132,6 +134,11 @@ def from_hf(folder: Path, out: Path, on_progress: Callable[[int, int], None] = l
         with (partial / "model.yaml").open("w", encoding="utf-8") as file:
             YAML(typ="rt").dump(weights.model.model_dump(mode="json"), file)
         return weights.model
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one in Hugging Face format, downloaded before")
 
 
 def _write_weights(weights: HfWeights, folder: Path, on_bytes: Callable[[int], None]) -> None:

@@ -46,6 +46,12 @@ def test_what_llada_does_not_use_is_refused(key: str) -> None:
         small(**{key: True})
 
 
+def test_hidden_states_are_what_blocks_and_head_read(model: LLaDAModelLM) -> None:
+    out = model(torch.tensor([[3, 1, 31]]), output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and torch.equal(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(torch.tensor([[3, 1, 31]])))
+
+
 def test_padding_on_the_left_is_invisible(model: LLaDAModelLM) -> None:
     ids = torch.tensor([[3, 1, 31, 7, 0]])
     padded = torch.cat((torch.full((1, 3), 9), ids), dim=1)
@@ -75,6 +81,10 @@ def test_no_cache_and_no_longer_rows(model: LLaDAModelLM) -> None:
     ids = torch.tensor([[3, 1, 31]])
     with pytest.raises(ValueError, match="cache"):
         model(ids, use_cache=True)
+    with pytest.raises(NotImplementedError, match="left to right"):
+        model.generate(ids)
+    with pytest.raises(ValueError, match="labels need"):
+        LLaDAModelLM(small(mask_token_id=None))(ids, labels=ids)
     with pytest.raises(ValueError, match="max_sequence_length 2"):
         LLaDAModelLM(small(max_sequence_length=2))(ids)
 
