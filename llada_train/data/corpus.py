@@ -235,10 +235,11 @@ class Corpus:
             UserError: as `tokens`.
         """
         digest = hashlib.sha256()
-        for tokens in self.sample():
+        for tokens in self.sample:
             digest.update(tokens.astype("<i8").tobytes())
         return CorpusIdentity(tokens=self.num_tokens, documents=self.num_documents, sampled_sha256=digest.hexdigest())
 
+    @cached_property
     def sample(self) -> list[np.ndarray]:
         """Some stretches of tokens, spread evenly over the stream; always the same ones.
 
