@@ -17,11 +17,17 @@ from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.convert.names import GlobalWeights, hf_shapes
 from llada_train.convert.plain import hf_tensors, llada_config
-from llada_train.data.tokenizer import Tokenizer
+from llada_train.data.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE, TOKENIZER_FILE, Tokenizer
 from llada_train.model.hf import configuration_llada, modeling_llada
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    SENTENCEPIECE_FILE,
+    CONFIG_FILE,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def to_hf(
@@ -92,6 +98,9 @@ def _write_description(config: Config, tokenizer: Tokenizer, folder: Path, dtype
     for module in (configuration_llada, modeling_llada):
         source = Path(inspect.getfile(module))
         shutil.copyfile(source, folder / source.name)
+    if config.data.tokenizer.is_file():  # a sentencepiece model
+        shutil.copyfile(config.data.tokenizer, folder / SENTENCEPIECE_FILE)
+        (folder / CONFIG_FILE).write_text("{}\n", encoding="utf-8")
     for name in _TOKENIZER_FILES:
         if (source := config.data.tokenizer / name).exists():
             shutil.copyfile(source, folder / name)

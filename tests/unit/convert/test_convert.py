@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from data_tools.train_tokenizer import Kind, train_tokenizer
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import hf_names, hf_shapes, join, our_names, split
 from llada_train.convert.plain import plain_model
 from llada_train.convert.to_hf import to_hf
-from llada_train.data.tokenizer import train_tokenizer
+from llada_train.data.tokenizer import Tokenizer
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
 from llada_train.model.sizes import tensor_specs
@@ -65,6 +66,15 @@ def exported(tokenizer: Path, tmp_path: Path) -> Path:
     model = MODELS[1]
     to_hf(RandomWeights(model), config_of(model, tokenizer), tmp_path / "hf", "fp32")
     return tmp_path / "hf"
+
+
+def test_a_sentencepiece_model_is_exported(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    theirs = train_tokenizer(iter(["def f(x): return x"]), 300, folder, Kind.SENTENCEPIECE_BPE)
+    for name, path in (("folder", folder), ("file", folder / "tokenizer.model")):
+        to_hf(RandomWeights(MODELS[1]), config_of(MODELS[1], path), tmp_path / name, "fp32")
+        ours = Tokenizer.load(tmp_path / name)
+        assert (ours.fingerprint, ours.eos_id, ours.mask_id) == (theirs.fingerprint, theirs.eos_id, theirs.mask_id)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: f"kv{m.num_kv_heads}")
