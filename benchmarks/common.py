@@ -14,7 +14,7 @@ def make_data(folder: Path) -> None:
     """`tokenizer/` and `corpus.*` from some of the Python standard library's sources."""
     from data_tools.sources import Sources
     from data_tools.tokenize import tokenize
-    from llada_train.data.tokenizer import train_tokenizer
+    from data_tools.train_tokenizer import train_tokenizer
 
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     train_tokenizer((path.read_text(encoding="utf-8") for path in library), 2048, folder / "tokenizer")

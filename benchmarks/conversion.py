@@ -19,6 +19,7 @@ from pathlib import Path
 from common import ROOT, machine_and_versions
 from ruamel.yaml import YAML
 
+from data_tools.train_tokenizer import train_tokenizer
 from llada_train.checkpoint.header import header_bytes
 from llada_train.checkpoint.manifest import (
     FORMAT,
@@ -32,7 +33,6 @@ from llada_train.checkpoint.tensor_file import sha256
 from llada_train.config.schema import ModelConfig
 from llada_train.convert.llada import LLADA
 from llada_train.convert.names import SpecialTokens
-from llada_train.data.tokenizer import train_tokenizer
 from llada_train.model.sizes import parameter_count, tensor_specs
 
 TINY = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, num_kv_heads=1, ffn_hidden_size=8, vocab_size=300)

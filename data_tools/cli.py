@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from data_tools import corpus_cli
 from data_tools.cleaning import cli as cleaning
 from data_tools.options import Inputs, Overwrite, TextKey, Workers, report_rejected, warn
 from llada_train.config.errors import UserError
@@ -16,16 +18,22 @@ from llada_train.config.errors import UserError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from data_tools.tokenize import Shard
     from data_tools.trace import TracedRow
+    from llada_train.data.corpus import Manifest
     from llada_train.data.rows import PretrainingData
 
 app = typer.Typer(
     name="llada-data",
-    help="Prepare text for llada-train: clean it, train a tokenizer, tokenize it into a corpus.",
+    help="Prepare text for llada-train: clean it, train a tokenizer, tokenize it into a corpus, look at it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(corpus_cli.app)
+
+TokenizerPath = Annotated[Path, typer.Option(help="Tokenizer folder, or sentencepiece .model.", show_default=False)]
+Kind = Literal["byte-level-bpe", "sentencepiece-bpe", "sentencepiece-unigram"]
 
 
 @app.command("train-tokenizer")
@@ -33,19 +41,19 @@ def train_tokenizer_command(
     inputs: Inputs,
     output: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     vocab_size: Annotated[int, typer.Option(help="Number of tokens, special tokens included.", show_default=False)],
+    kind: Annotated[
+        Kind, typer.Option(help="transformers' AutoTokenizer reads byte-level BPE only.")
+    ] = "byte-level-bpe",
     text_key: TextKey = "text",
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer with LLaDA's special tokens.
-
-    The folder can be read by llada-data, llada-train and transformers' AutoTokenizer.
-    """
+    """Train a tokenizer with LLaDA's special tokens: mask, begin and end of text, and those of chat."""
     from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
-    from llada_train.data.tokenizer import TOKENIZER_FILE, train_tokenizer
+    from data_tools.train_tokenizer import Kind as TokenizerKind
+    from data_tools.train_tokenizer import train_tokenizer
 
-    if (output / TOKENIZER_FILE).exists() and not overwrite:
-        raise UserError(f"{output}: a tokenizer is already there; give another --output, or --overwrite to replace it")
+    _refuse_tokenizer(output, overwrite)
     sources = Sources(inputs, text_key)
     with ByteProgress(sources.total_bytes) as progress:
 
@@ -54,45 +62,116 @@ def train_tokenizer_command(
                 progress.update(sources.bytes_read)
                 yield document.text
 
-        tokenizer = train_tokenizer(texts(), vocab_size, output)
+        tokenizer = train_tokenizer(texts(), vocab_size, output, TokenizerKind(kind))
     report_rejected(sources)
     print(f"{output}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < vocab_size:
         warn(f"the text has pairs for {tokenizer.vocab_size:,} tokens only, not for {vocab_size:,}")
 
 
+@app.command("add-mask-token")
+def add_mask_token_command(
+    tokenizer: Annotated[Path, typer.Argument(help="Tokenizer folder, or sentencepiece .model.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    overwrite: Overwrite = False,
+) -> None:
+    """Give a tokenizer the mask token, and the end-of-text token, if it lacks them. No other id changes."""
+    from data_tools.train_tokenizer import add_special_tokens
+    from llada_train.data.tokenizer import Tokenizer
+
+    _refuse_tokenizer(output, overwrite)
+    added = add_special_tokens(tokenizer, output)
+    loaded = Tokenizer.load(output)
+    print(f"{output}: {loaded.vocab_size:,} tokens; mask {loaded.mask_id}, EOS {loaded.eos_id}; ", end="")
+    print(f"added {' and '.join(added)}" if added else "it had both already")
+
+
+def _refuse_tokenizer(folder: Path, overwrite: bool) -> None:
+    from llada_train.data.tokenizer import SENTENCEPIECE_FILE, TOKENIZER_FILE
+
+    if not overwrite and any((folder / name).exists() for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE)):
+        raise UserError(f"{folder}: a tokenizer is already there; give another --output, or --overwrite to replace it")
+
+
 @app.command("tokenize")
 def tokenize_command(
     inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder.", show_default=False)],
+    tokenizer: TokenizerPath,
     output: Annotated[Path, typer.Option(help="Prefix: .bin, .idx and .json are added.", show_default=False)],
     text_key: TextKey = "text",
     workers: Workers = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do only share I, from 0, of N, as a task of a SLURM array; `llada-data merge` joins them.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Tokenize text into a corpus in Megatron's format, with an EOS after each document."""
+    """Tokenize text into a corpus in Megatron's format, with an EOS after each document.
+
+    The same command goes on where an interrupted one was.
+    """
     from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
     from data_tools.tokenize import tokenize
-    from llada_train.data.corpus import corpus_files
 
     sources = Sources(inputs, text_key)
-    with ByteProgress(sources.total_bytes) as progress:
-
-        def report(documents: int, tokens: int) -> None:
-            progress.update(sources.bytes_read, f"{documents:,} documents, {tokens:,} tokens")
-
-        manifest = tokenize(sources, tokenizer, output, workers, overwrite, report)
+    share = _shard(shard)
+    with ByteProgress(sources.total_bytes if share is None else sources.total_bytes // share.count) as progress:
+        manifest = tokenize(sources, tokenizer, output, workers, overwrite, progress.update_tokens, _note, share)
     report_rejected(sources)
+    if manifest is None:
+        print(f"{output}.parts: share {shard} is finished; when all are: llada-data merge {output}")
+    else:
+        _print_manifest(manifest, output)
+
+
+@app.command("merge")
+def merge_command(
+    prefix: Annotated[Path, typer.Argument(help="The --output of `llada-data tokenize --shard`.", show_default=False)],
+    overwrite: Overwrite = False,
+) -> None:
+    """Join the shares of `tokenize --shard` into one corpus, the same as without shares.
+
+    They lie in PREFIX.parts. Machines that do not share a disk each have one: copy them together.
+    """
+    from data_tools.parts import Parts, refuse_existing
+
+    if not overwrite:
+        refuse_existing(prefix)
+    with Parts.resume(prefix) as parts:
+        _print_manifest(parts.merge(), prefix)
+
+
+def _shard(text: str | None) -> "Shard | None":
+    from data_tools.tokenize import Shard
+
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--shard {text}: expected I/N, with I from 0 to N - 1; for example 0/8 to 7/8")
+    return Shard(int(found[1]), int(found[2]))
+
+
+def _print_manifest(manifest: "Manifest", prefix: Path) -> None:
+    from llada_train.data.corpus import corpus_files
+
     rows = {
         "documents": f"{manifest.documents:,}",
         "tokens": f"{manifest.tokens:,}",
         "text bytes": f"{manifest.text_bytes:,}",
         "bytes per token": f"{manifest.text_bytes / manifest.tokens:.2f}",
-        "files": ", ".join(map(str, corpus_files(output))),
+        "files": ", ".join(map(str, corpus_files(prefix))),
     }
     for name, value in rows.items():
         print(f"{name:15}  {value}")
+
+
+def _note(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 @app.command("trace")

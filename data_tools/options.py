@@ -12,12 +12,13 @@ Inputs = Annotated[
     list[Path],
     typer.Argument(
         metavar="INPUT...",
-        help="Files and folders. A .jsonl file holds one document per line, any other file is one document; "
-        "folders are read with all folders in them, hidden files left out.",
+        help="Files, folders and patterns. .jsonl, also .gz and .zst, holds one document per line, .parquet and "
+        ".arrow one per row; any other file is one document. Folders are read with all folders in them, hidden files "
+        "left out.",
         show_default=False,
     ),
 ]
-TextKey = Annotated[str, typer.Option(help="The key of the text in .jsonl files.")]
+TextKey = Annotated[str, typer.Option(help="The key of the text in .jsonl files, or its column.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes. The output is the same for any number.")]
 

@@ -17,6 +17,8 @@ class ByteProgress:
     def __init__(self, total: int) -> None:
         self._total = total
         self._started = self._last_line = time.monotonic()
+        self._done_before: int | None = None
+        self._tokens_before: int | None = None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -34,15 +36,24 @@ class ByteProgress:
         if self._bar:
             self._bar.stop()
 
+    def update_tokens(self, done: int, documents: int, tokens: int) -> None:
+        """`done` of the bytes are read; so many documents and tokens came of them, earlier runs' included."""
+        if self._tokens_before is None:
+            self._tokens_before = tokens
+        rate = (tokens - self._tokens_before) / max(time.monotonic() - self._started, 1e-9)
+        self.update(done, f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s")
+
     def update(self, done: int, note: str = "") -> None:
         """`done` of the bytes are read; `note` says what came of them."""
         if self._bar:
             self._bar.update(self._task, completed=done, description=note)
             return
+        if self._done_before is None:
+            self._done_before = done
         now = time.monotonic()
-        if done and now - self._last_line >= LOG_INTERVAL:
+        if done > self._done_before and now - self._last_line >= LOG_INTERVAL:
             self._last_line = now
-            rate = done / (now - self._started)
+            rate = (done - self._done_before) / (now - self._started)
             left = (self._total - done) / rate
             parts = [
                 f"{done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB",

@@ -1,16 +1,19 @@
 """Text documents from files and folders, and a count of what had to be left out."""
 
+import glob
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.formats import DOCUMENT_LIMIT, TOO_LONG, Advance, Piece, Rejection, read, split
 from llada_train.config.errors import UserError
 
-
-class _RejectedError(Exception):
-    """A document that cannot be used; the message is the reason."""
+# What `datasets` writes beside the .arrow files of a folder.
+DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
+SMALLEST_UNIT, LARGEST_UNIT = 4 << 20, 256 << 20  # bytes of input that are one piece of work
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,39 @@ class Document:
     text_bytes: int  # in UTF-8
 
 
+@dataclass
+class Tally:
+    """What was left out: reason → number of documents, and where it was first met."""
+
+    rejected: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, place: str, count: int = 1) -> None:
+        self.rejected[reason] += count
+        self.first.setdefault(reason, place)
+
+    def include(self, later: "Tally") -> None:
+        for reason, count in later.rejected.items():
+            self.add(reason, later.first[reason], count)
+
+
+def read_documents(piece: Piece, text_key: str, tally: Tally, advance: Advance) -> Iterator[Document]:
+    """The documents of a piece of a file; `tally` is told what is left out, `advance` how many bytes are done."""
+    for number, text in read(piece, text_key, advance):
+        document = text if isinstance(text, Rejection) else _document(text)
+        if isinstance(document, Rejection):
+            tally.add(document.reason, piece.place(number))
+        else:
+            yield document
+
+
 class Sources:
     """The documents of files and folders, always in the same order.
 
-    A `.jsonl` file holds one document per line, under `text_key`; any other file is one document. Folders are read with
-    all folders in them, sorted by name; names that begin with a dot and links to folders are passed over.
+    `data_tools.formats` says which files hold one document and which many. A name with `*`, `?` or `[…]` that no file
+    has is a pattern (`**` for any folders). Folders are read with all folders in them, sorted by name, those that links
+    lead to included, each once; names that begin with a dot are passed over. In a folder that `datasets` wrote, its
+    .arrow files are read in its own order.
 
     Iterating again begins again. Meanwhile `bytes_read` and `rejected` tell how far it is and what was left out.
     """
@@ -33,98 +64,131 @@ class Sources:
         Raises:
             UserError: an input does not exist.
         """
-        missing = [str(path) for path in inputs if not path.exists()]
-        if missing:
-            raise UserError(f"no such file or folder: {', '.join(missing)}")
         self.text_key = text_key
-        self.files = [file for path in inputs for file in ([path] if path.is_file() else _files(path))]
-        self.total_bytes = sum(file.stat().st_size for file in self.files)
+        self._walk_tally = Tally()
+        self.files = [file for path in _expand(inputs) for file in _files(path, self._walk_tally)]
+        self.stats = [file.stat() for file in self.files]
+        self.total_bytes = sum(stat.st_size for stat in self.stats)
         self.bytes_read = 0
-        self.rejected: Counter[str] = Counter()
+        self.tally = Tally()
+
+    @property
+    def rejected(self) -> Counter[str]:
         """Reason → number of documents."""
-        self.first_rejected: dict[str, str] = {}
+        return self.tally.rejected
+
+    @property
+    def first_rejected(self) -> dict[str, str]:
         """Reason → where it was first met."""
+        return self.tally.first
+
+    def begin(self) -> None:
+        """Forget what reading met; what walking through the folders met stays."""
+        self.bytes_read = 0
+        self.tally = Tally()
+        self.tally.include(self._walk_tally)
 
     def __iter__(self) -> Iterator[Document]:
-        self.bytes_read = 0
-        self.rejected.clear()
-        self.first_rejected.clear()
-        for file in self.files:
-            if file.suffix == ".jsonl":
-                yield from self._lines(file)
-            else:
-                yield from self._whole(file)
+        self.begin()
+        for file, stat in zip(self.files, self.stats, strict=True):
+            yield from read_documents(Piece(file, stat.st_size), self.text_key, self.tally, self._advance)
 
-    def _whole(self, file: Path) -> Iterator[Document]:
-        try:
-            data = file.read_bytes()
-        except OSError:
-            self._reject("unreadable", str(file))
-            return
-        self.bytes_read += len(data)
-        try:
-            document = _document(_decode(data))
-        except _RejectedError as reason:
-            self._reject(str(reason), str(file))
-        else:
-            yield document
+    def units(self) -> list[list[Piece]]:
+        """All pieces of all files, in order, in groups of about the same number of bytes.
 
-    def _lines(self, file: Path) -> Iterator[Document]:
-        try:
-            stream = file.open("rb")
-        except OSError:
-            self._reject("unreadable", str(file))
-            return
-        with stream:
-            for number, line in enumerate(stream, start=1):
-                self.bytes_read += len(line)
-                if line.isspace():
-                    continue
-                try:
-                    document = self._parse(line)
-                except _RejectedError as reason:
-                    self._reject(str(reason), f"{file}, line {number}")
-                else:
-                    yield document
+        They depend on the files alone. Large inputs make larger groups, so that they are some thousands at most.
+        """
+        size = min(max(self.total_bytes >> 12, SMALLEST_UNIT), LARGEST_UNIT)
+        units: list[list[Piece]] = [[]]
+        filled = 0
+        for file, stat in zip(self.files, self.stats, strict=True):
+            for piece in split(file, stat.st_size, size):
+                if filled and filled + piece.size > size:
+                    units.append([])
+                    filled = 0
+                units[-1].append(piece)
+                filled += piece.size
+        return units
 
-    def _parse(self, line: bytes) -> Document:
-        try:
-            record = json.loads(_decode(line))
-        except (ValueError, RecursionError):
-            raise _RejectedError("broken JSON") from None
-        text = record.get(self.text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise _RejectedError(f"no text under the key {self.text_key!r}")
-        return _document(text)
-
-    def _reject(self, reason: str, place: str) -> None:
-        self.rejected[reason] += 1
-        self.first_rejected.setdefault(reason, place)
+    def _advance(self, size: int) -> None:
+        self.bytes_read += size
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+def _expand(inputs: Sequence[Path]) -> list[Path]:
+    paths = []
+    missing = []
+    for path in inputs:
+        here = os.path.lexists(path)
+        found = [str(path)] if here else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (no hidden files)
+        paths += [Path(name) for name in found]
+        if not found:
+            missing.append(str(path))
+    if missing:
+        raise UserError(f"no such file or folder: {', '.join(missing)}")
+    return paths
+
+
+def _files(path: Path, tally: Tally) -> Iterator[Path]:
+    return _folder(path, set(), tally) if path.is_dir() else iter([path]) if path.is_file() else _left_out(path, tally)
+
+
+def _left_out(path: Path, tally: Tally) -> Iterator[Path]:
+    reason = "neither a file nor a folder" if path.exists() else "a link that leads nowhere"
+    tally.add(reason, str(path))
+    return iter(())
+
+
+def _folder(folder: Path, seen: set[tuple[int, int]], tally: Tally) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+        names = sorted(path.name for path in folder.iterdir())
+        listed = _listed_by_datasets(folder)
+    except OSError:
+        tally.add("unreadable", str(folder))
+        return
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
+        tally.add("a link to a folder that is read anyway", str(folder))
+        return
+    seen.add(identity)
+    if any(name.endswith(".arrow") for name in names) or DATASET_FILES[2] in names:
+        names = [name for name in names if name not in DATASET_FILES]
+    if listed:
+        names = listed
+    for name in names:
+        path = folder / name
+        if name.startswith("."):
             continue
-        if path.is_file():
+        if path.is_dir():
+            yield from _folder(path, seen, tally)
+        elif path.is_file():
             yield path
-        elif path.is_dir() and not path.is_symlink():
-            yield from _files(path)
+        else:
+            _left_out(path, tally)
 
 
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise _RejectedError("not valid UTF-8") from None
+def _listed_by_datasets(folder: Path) -> list[str]:
+    """The splits of a dataset folder, or the .arrow files of a split, in the order of `datasets`; or nothing."""
+    for name, key in (("dataset_dict.json", "splits"), ("state.json", "_data_files")):
+        if not (folder / name).is_file():
+            continue
+        try:
+            entries = json.loads((folder / name).read_bytes())[key]
+            names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]
+        except (ValueError, KeyError, TypeError):
+            continue  # some other file of that name
+        if all(isinstance(name, str) and name == Path(name).name for name in names):
+            return names
+    return []
 
 
-def _document(text: str) -> Document:
-    if not text.strip():
-        raise _RejectedError("empty")
+def _document(text: str) -> Document | Rejection:
+    if not text or text.isspace():
+        return Rejection("empty")
     if "\0" in text:
-        raise _RejectedError("binary (has NUL characters)")
+        return Rejection("binary (has NUL characters)")
     try:
-        return Document(text, len(text.encode("utf-8")))
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise _RejectedError("not valid UTF-8") from None
+        return Rejection("not valid UTF-8")
+    return Rejection(TOO_LONG) if size > DOCUMENT_LIMIT else Document(text, size)

@@ -1,82 +1,197 @@
-"""Documents → a corpus: the ids of each document, then EOS."""
+"""Documents → a corpus: the ids of each document, then EOS.
 
+    inputs ── Sources.units ──▶ units of a few to some hundred MB, which depend on the inputs alone
+      ── one process each ──▶ PREFIX.parts/NNNNN.{bin,idx}, then NNNNN.json, which says that the part is whole
+      ── merge ─────────────▶ PREFIX.bin, PREFIX.idx, PREFIX.inputs.sha256 and, last, PREFIX.json
+
+So the corpus is the same for any number of processes and machines, and after any number of interruptions.
+"""
+
+import contextlib
+import hashlib
 import multiprocessing
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.sources import Document, Sources
+from data_tools.encoder import choose, make_encoder
+from data_tools.formats import Piece
+from data_tools.parts import PartReport, Parts, refuse_existing
+from data_tools.sources import Document, Sources, Tally, read_documents
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import CorpusWriter, Manifest, corpus_files, token_dtype
+from llada_train.data.corpus import CorpusWriter, Manifest, token_dtype
 from llada_train.data.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20
-BATCHES_PER_WORKER = 4  # waiting or done, so that memory does not grow with the input
+SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 4, 8, 20_000  # that the fast encoder is tried on
 
-Encoded = list[np.ndarray]  # one document each, EOS included
+Unit = list[Piece]
+Report = Callable[[int, int, int], None]  # bytes of input, documents, tokens
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The work of one machine: share `index`, from 0, of `count`."""
+
+    index: int
+    count: int
+
+    def of(self, units: int) -> range:
+        return range(units * self.index // self.count, units * (self.index + 1) // self.count)
 
 
 def tokenize(
     sources: Sources,
-    tokenizer_folder: Path,
+    tokenizer_path: Path,
     output: Path,
     workers: int = 1,
     overwrite: bool = False,
-    report: Callable[[int, int], None] = lambda documents, tokens: None,
-) -> Manifest:
+    report: Report = lambda size, documents, tokens: None,
+    tell: Callable[[str], None] = lambda line: None,
+    shard: Shard | None = None,
+) -> Manifest | None:
     """Write the corpus `output`.bin, .idx and, last, .json; the same files whatever `workers` is.
 
-    One worker is this process, whose tokenizer library uses all cores; more are processes of one core each.
-    `report(documents, tokens)` is called now and then.
+    One worker is this process, which uses all cores; more are processes of one core each. What an interrupted run has
+    finished is not done again. Of a `shard` only the parts are written, for `merge`; then the result is None.
+    `report` is called now and then with the sums so far; `tell` with a line on what is being done.
 
     Raises:
         UserError: the tokenizer is faulty, the output exists, there is no document, or a worker died.
     """
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    existing = [str(path) for path in corpus_files(output) if path.exists()]
-    if existing and not overwrite:
-        raise UserError(f"{', '.join(existing)}: already there; give another --output, or --overwrite to replace")
-    text_bytes = 0
+    tokenizer = Tokenizer.load(tokenizer_path)
+    if not overwrite:
+        refuse_existing(output)
+    sources.begin()
+    units = sources.units()
+    plan = {
+        "units": [[[str(piece.file), piece.start, piece.stop] for piece in unit] for unit in units],
+        "files": [[stat.st_size, stat.st_mtime_ns] for stat in sources.stats],
+        "text_key": sources.text_key,
+        "rejected": dict(sources.rejected),
+    }
+    with (
+        _told_to_go_on(output),
+        Parts.begin(output, plan, tokenizer, len(units), overwrite, alone=shard is None) as parts,
+    ):
+        here = shard.of(len(units)) if shard else range(len(units))
+        missing = parts.missing(here)
+        if len(missing) < len(here):
+            tell(f"{len(here) - len(missing)} of {len(here)} parts were finished before")
+        if missing:
+            why_slow = choose(tokenizer, list(_sample(units, sources.text_key)))
+            tell("encoding with tiktoken" if why_slow is None else f"encoding without tiktoken, since {why_slow}")
+            job = Job(
+                tokenizer_path, sources.text_key, parts.folder, token_dtype(tokenizer.vocab_size), why_slow is None
+            )
+            progress = _Progress(report)
+            for i in set(here) - set(missing):
+                progress.add(_size(units[i]), parts.report(i))
+            progress.tell()  # so that rates are those of this run
+            for i, done in _encode(job, [(i, units[i]) for i in missing], workers, progress):
+                parts.write_report(i, done)
+        for i in here:
+            sources.tally.include(parts.report(i).tally)
+        return parts.merge() if shard is None else None
 
-    def batches() -> Iterator[list[str]]:
-        nonlocal text_bytes
-        for batch in _batches(sources):
-            text_bytes += sum(document.text_bytes for document in batch)
-            yield [document.text for document in batch]
 
-    dtype = token_dtype(tokenizer.vocab_size)
-    if workers == 1:
-        encoded: Generator[Encoded, None, None] = (_encode(tokenizer, dtype, texts) for texts in batches())
-    else:
-        encoded = _encode_in_processes(tokenizer_folder, workers, batches())
-    # Closing ends the workers even where the writer fails.
-    with closing(encoded), CorpusWriter(output, dtype) as writer:
-        for documents in encoded:
-            for tokens in documents:
-                writer.add_document(tokens)
-            report(writer.num_documents, writer.num_tokens)
-        if not writer.num_documents:
-            raise UserError(f"empty text: none of {len(sources.files)} files has a document{_why(sources)}")
-    manifest = Manifest(
-        documents=writer.num_documents,
-        tokens=writer.num_tokens,
-        text_bytes=text_bytes,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        dtype=dtype.name,
-        eos_id=tokenizer.eos_id,
-    )
-    manifest.save(output)
-    return manifest
+@contextlib.contextmanager
+def _told_to_go_on(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a full disk
+        raise UserError(
+            f"{output}: {error}; when that is mended, the same command goes on from the parts that are finished"
+        ) from None
 
 
-def _why(sources: Sources) -> str:
-    return "".join(f"; {reason}: {count:,}" for reason, count in sources.rejected.items())
+def _size(unit: Unit) -> int:
+    return sum(piece.size for piece in unit)
+
+
+def _sample(units: list[Unit], text_key: str) -> Iterator[str]:
+    """Beginnings of documents from several places of the input."""
+    for unit in units[:: -(-len(units) // SAMPLE_UNITS)]:
+        documents = (
+            document for piece in unit for document in read_documents(piece, text_key, Tally(), lambda size: None)
+        )
+        for document in islice(documents, SAMPLE_DOCUMENTS):
+            yield document.text[:SAMPLE_CHARACTERS]
+
+
+class _Progress:
+    """Sums for `report`."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.sums = np.zeros(3, dtype=np.int64)
+
+    def add(self, size: int, part: PartReport) -> None:
+        self.sums += (size, part.documents, part.tokens)
+
+    def tell(self, more: tuple[int, int, int] = (0, 0, 0)) -> None:
+        size, documents, tokens = (self.sums + more).tolist()
+        self._report(size, documents, tokens)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process has to know to encode units."""
+
+    tokenizer: Path
+    text_key: str
+    folder: Path
+    dtype: np.dtype
+    fast: bool
+
+
+class _Encoding:
+    """Encodes units into parts; `stopped` is asked now and then."""
+
+    def __init__(self, job: Job, all_cores: bool, stopped: Callable[[], bool]) -> None:
+        tokenizer = Tokenizer.load(job.tokenizer)
+        self._job = job
+        self._encoder = make_encoder(tokenizer, job.fast, all_cores)
+        self._eos_id = tokenizer.eos_id
+        self._stopped = stopped
+
+    def encode(self, i: int, unit: Unit, tell: Report = lambda size, documents, tokens: None) -> PartReport:
+        """Write part i: all of it but its report."""
+        tally = Tally()
+        done = text_bytes = 0
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+
+        documents = (
+            document for piece in unit for document in read_documents(piece, self._job.text_key, tally, advance)
+        )
+        batches = _batches(documents)
+        first = next(batches, None)
+        num_documents = num_tokens = 0
+        if first is not None:
+            with CorpusWriter(self._job.folder / f"{i:05d}", self._job.dtype) as writer:
+                for batch in chain([first], batches):
+                    for ids in self._encoder.encode([document.text for document in batch]):
+                        writer.add_document(np.append(ids, self._eos_id))
+                    text_bytes += sum(document.text_bytes for document in batch)
+                    num_documents, num_tokens = writer.num_documents, writer.num_tokens
+                    tell(done, num_documents, num_tokens)
+                    if self._stopped():
+                        raise KeyboardInterrupt
+        checksums = [(str(piece.file), _checksum(piece.file)) for piece in unit if not piece.start]
+        known = [(file, checksum) for file, checksum in checksums if checksum]
+        return PartReport(num_documents, num_tokens, text_bytes, tally, known)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -92,36 +207,72 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, dtype: np.dtype, texts: list[str]) -> Encoded:
-    return [np.array([*ids, tokenizer.eos_id], dtype=dtype) for ids in tokenizer.encode_batch(texts)]
+def _checksum(file: Path) -> str | None:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
-def _encode_in_processes(folder: Path, workers: int, batches: Iterator[list[str]]) -> Generator[Encoded, None, None]:
-    """`_encode` of each batch, in order."""
+def _encode(
+    job: Job, units: list[tuple[int, Unit]], workers: int, progress: _Progress
+) -> Iterator[tuple[int, PartReport]]:
+    """Write the parts, and give the report of each as soon as it is whole."""
+    if workers == 1:
+        encoding = _Encoding(job, all_cores=True, stopped=lambda: False)
+        for i, unit in units:
+            part = encoding.encode(i, unit, lambda *more: progress.tell(more))
+            yield i, part
+            progress.add(_size(unit), part)
+            progress.tell()
+        return
     spawn = multiprocessing.get_context("spawn")
-    pending: deque[Future[Encoded]] = deque()
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (folder,)) as pool:
+    stop = spawn.Event()
+    running: dict[Future[PartReport], tuple[int, Unit]] = {}
+    waiting = iter(units)
+    with ProcessPoolExecutor(min(workers, len(units)), spawn, _start_worker, (job, stop)) as pool:
         try:
-            for texts in batches:
-                pending.append(pool.submit(_encode_in_worker, texts))
-                if len(pending) >= BATCHES_PER_WORKER * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            while True:
+                for i, unit in islice(waiting, 2 * workers - len(running)):
+                    running[pool.submit(_encode_in_worker, i, unit)] = i, unit
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    i, unit = running.pop(future)
+                    part = future.result()
+                    yield i, part
+                    progress.add(_size(unit), part)
+                    progress.tell()
         except BrokenProcessPool:
-            raise UserError("a tokenizing process died, perhaps for want of memory; try fewer --workers") from None
+            raise UserError(
+                "a tokenizing process died, perhaps for want of memory; try fewer --workers; the same command goes on "
+                "from what is finished"
+            ) from None
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_worker_tokenizer: Tokenizer
+_worker: _Encoding
 
 
-def _start_worker(folder: Path) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core each
-    _worker_tokenizer = Tokenizer.load(folder)
+def _start_worker(job: Job, stop: Event) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = _Encoding(job, all_cores=False, stopped=stop.is_set)
 
 
-def _encode_in_worker(texts: list[str]) -> Encoded:
-    return _encode(_worker_tokenizer, token_dtype(_worker_tokenizer.vocab_size), texts)
+def _end_with_parent() -> None:
+    """A parent that is killed leaves its pool waiting for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(i: int, unit: Unit) -> PartReport:
+    with contextlib.suppress(KeyboardInterrupt):
+        return _worker.encode(i, unit)
+    raise UserError("stopped")

@@ -41,7 +41,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tokenizer/` and `corpus.{bin,idx,json}`: 300 documents of random words."""
     from data_tools.sources import Sources
     from data_tools.tokenize import tokenize
-    from llada_train.data.tokenizer import train_tokenizer
+    from data_tools.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("data")
     pick = random.Random(0)

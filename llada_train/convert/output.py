@@ -7,8 +7,15 @@ from pathlib import Path
 
 from llada_train.checkpoint.store import sync
 from llada_train.config.errors import UserError
+from llada_train.data.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE, TOKENIZER_FILE, TokenizerFiles
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    SENTENCEPIECE_FILE,
+    CONFIG_FILE,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def output_problems(out: Path, size: int) -> list[str]:
@@ -46,7 +53,23 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
+    """`source`: a folder, or a sentencepiece model."""
     folder.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
+    if source.is_file():
+        shutil.copyfile(source, folder / SENTENCEPIECE_FILE)
+        (folder / CONFIG_FILE).write_text("{}\n", encoding="utf-8")
+    for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+
+
+def bos_id(folder: Path) -> int | None:
+    """Of the token that the tokenizer's config names as beginning of text, if it names one that is there."""
+    files = TokenizerFiles.read(folder)
+    entry = files.config.get("bos_token")
+    token = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(token, str) or not files.has(token):
+        return None
+    if files.tokenizers is not None:
+        return files.tokenizers.token_to_id(token)
+    return None if files.sentencepiece is None else files.sentencepiece.vocab[token]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
 from llada_train.checkpoint.header import header_bytes
 from llada_train.checkpoint.reader import Checkpoint
@@ -18,7 +18,7 @@ from llada_train.config.errors import UserError
 from llada_train.convert.card import model_card
 from llada_train.convert.llada import LLADA
 from llada_train.convert.names import Family, Piece, Run, SpecialTokens
-from llada_train.convert.output import copy_tokenizer, new_folder, output_problems
+from llada_train.convert.output import bos_id, copy_tokenizer, new_folder, output_problems
 from llada_train.data.tokenizer import Tokenizer
 from llada_train.model.sizes import MASTER
 
@@ -83,7 +83,7 @@ def to_hf(
             shutil.copyfile(source, folder / source.name)
         copy_tokenizer(checkpoint.tokenizer, folder)
         GenerationConfig(
-            bos_token_id=PreTrainedTokenizerFast.from_pretrained(folder).bos_token_id,
+            bos_token_id=bos_id(folder),
             eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.eos_id,
         ).save_pretrained(folder)

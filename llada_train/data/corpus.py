@@ -6,10 +6,10 @@ PREFIX.json, the manifest, is ours; corpora made by Megatron's tools have none.
 import glob
 import hashlib
 import os
-import shutil
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
@@ -23,12 +23,21 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llada_train.config.errors import UserError
-from llada_train.data.indexed import DTYPE_CODES, HEADER, MAGIC, MAX_SEQUENCE_LENGTH, VERSION, IndexedFile
+from llada_train.data.indexed import CHUNK, DTYPE_CODES, HEADER, MAGIC, MAX_SEQUENCE_LENGTH, VERSION, IndexedFile
 from llada_train.data.storage import exists, is_remote, matches, open_file
 
-CHUNK = 1 << 20  # entries of the index that are in memory at once while writing
 SAMPLED_PLACES, SAMPLED_LENGTH = 16, 1024  # of a corpus, looked at when it is opened
 OPENED_AT_ONCE = 32  # requests to a remote storage
+
+
+class Checksums(BaseModel):
+    """sha256, in hexadecimal."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bin: str
+    idx: str
+    inputs: str  # of PREFIX.inputs.sha256, which has the checksum of each input file
 
 
 class Manifest(BaseModel):
@@ -40,8 +49,11 @@ class Manifest(BaseModel):
     tokens: int  # with the EOS after each document
     text_bytes: int  # of the documents, in UTF-8
     tokenizer_fingerprint: str
+    vocab_size: int  # of the tokenizer: all ids are below
     dtype: str
     eos_id: int
+    rejected: dict[str, int]  # reason → documents that were left out
+    checksums: Checksums | None  # none for several corpora that are read as one
 
     @property
     def made_with(self) -> tuple[str, str, int]:
@@ -95,6 +107,8 @@ class CorpusWriter:
         self.dtype = np.dtype(dtype)
         self.num_documents = 0
         self.num_tokens = 0
+        self.bin_hash, self.idx_hash = hashlib.sha256(), hashlib.sha256()
+        """Of what has been written; of the .idx when the block has ended."""
         if self.dtype.name not in DTYPE_CODES.values():
             raise ValueError(f"no integer dtype of Megatron's format: {self.dtype}")
 
@@ -128,9 +142,30 @@ class CorpusWriter:
                 f"{self.prefix}: document {self.num_documents} has {ids.size:,} tokens, more than the format's "
                 f"{MAX_SEQUENCE_LENGTH:,}; split it"
             )
-        self._bin.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
+        self._write_tokens(ids)
         self._lengths.write(struct.pack("<i", ids.size))
         self.num_documents += 1
+
+    def add_file(self, file: IndexedFile) -> None:
+        """Append all documents of a file of the same dtype.
+
+        Raises:
+            ValueError: it has another dtype.
+            UserError: it cannot be read any more.
+        """
+        if file.dtype != self.dtype:
+            raise ValueError(f"documents of {file.dtype} cannot be appended to those of {self.dtype}")
+        for start in range(0, file.num_tokens, CHUNK):
+            self._write_tokens(file.tokens(start, min(start + CHUNK, file.num_tokens)))
+        for start in range(0, file.num_documents, CHUNK):
+            lengths = file.document_lengths(start, min(start + CHUNK, file.num_documents))
+            self._lengths.write(lengths.astype("<i4").tobytes())
+        self.num_documents += file.num_documents
+
+    def _write_tokens(self, ids: np.ndarray) -> None:
+        data = ids.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
+        self._bin.write(data)
+        self.bin_hash.update(data)
         self.num_tokens += ids.size
 
     def __exit__(
@@ -153,7 +188,9 @@ class CorpusWriter:
             raise UserError(f"{self.prefix}: no tokens to write")
         _sync(self._bin)
         with self._partial(".idx").open("wb") as index:
-            self._write_index(index)
+            for data in self._index():
+                index.write(data)
+                self.idx_hash.update(data)
             _sync(index)
         bin_path, idx_path, manifest_path = corpus_files(self.prefix)
         # A new .bin must never stand beside an old .idx or manifest.
@@ -162,20 +199,22 @@ class CorpusWriter:
         self._partial(".bin").replace(bin_path)
         self._partial(".idx").replace(idx_path)
 
-    def _write_index(self, index: BinaryIO) -> None:
+    def _index(self) -> Iterator[bytes]:
+        """The .idx, in pieces."""
         code = next(code for code, name in DTYPE_CODES.items() if name == self.dtype.name)
-        index.write(HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1))
+        yield HEADER.pack(MAGIC, VERSION, code, self.num_documents, self.num_documents + 1)
         self._lengths.seek(0)
-        shutil.copyfileobj(self._lengths, index)
+        while chunk := self._lengths.read(CHUNK * 4):
+            yield chunk
         self._lengths.seek(0)
         start = 0
         while chunk := self._lengths.read(CHUNK * 4):
             lengths = np.frombuffer(chunk, "<i4").astype("<i8")
             ends = start + np.cumsum(lengths)
-            index.write(((ends - lengths) * self.dtype.itemsize).tobytes())
+            yield ((ends - lengths) * self.dtype.itemsize).tobytes()
             start = int(ends[-1])
         for first in range(0, self.num_documents + 1, CHUNK):
-            index.write(np.arange(first, min(first + CHUNK, self.num_documents + 1), dtype="<i8").tobytes())
+            yield np.arange(first, min(first + CHUNK, self.num_documents + 1), dtype="<i8").tobytes()
 
 
 def _sync(file: BinaryIO) -> None:
@@ -225,7 +264,9 @@ class Corpus:
         if first is None or len(found) < len(self._files):
             return None
         sums = {key: sum(getattr(manifest, key) for manifest in found) for key in ("documents", "tokens", "text_bytes")}
-        return first.model_copy(update=sums)
+        rejected = sum((Counter(manifest.rejected) for manifest in found), Counter[str]())
+        one = first.checksums if len(found) == 1 else None
+        return first.model_copy(update={**sums, "rejected": dict(rejected), "checksums": one})
 
     @cached_property
     def identity(self) -> "CorpusIdentity":
@@ -235,10 +276,11 @@ class Corpus:
             UserError: as `tokens`.
         """
         digest = hashlib.sha256()
-        for tokens in self.sample():
+        for tokens in self.sample:
             digest.update(tokens.astype("<i8").tobytes())
         return CorpusIdentity(tokens=self.num_tokens, documents=self.num_documents, sampled_sha256=digest.hexdigest())
 
+    @cached_property
     def sample(self) -> list[np.ndarray]:
         """Some stretches of tokens, spread evenly over the stream; always the same ones.
 

@@ -17,6 +17,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
 DTYPE_CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+CHUNK = 1 << 20  # entries of the index that are in memory at once
 MAX_SEQUENCE_LENGTH = 2**31 - 1  # lengths are int32
 
 
@@ -73,6 +74,43 @@ class IndexedFile:
         """
         sequence = self._document(i)
         return self.num_tokens if sequence == self._num_sequences else self._pointer(sequence) // self.dtype.itemsize
+
+    def document_lengths(self, start: int, stop: int) -> np.ndarray:
+        """The lengths in tokens, int64[stop - start], of documents [start, stop), 0 ≤ start ≤ stop ≤ num_documents.
+
+        Raises:
+            UserError: as `tokens`, of the index.
+        """
+        offset = HEADER.size + self._num_sequences * 12 + start * 8
+        sequences = np.frombuffer(self._idx.read(offset, (stop + 1 - start) * 8), "<i8")
+        first, last = int(sequences[0]), int(sequences[-1])
+        lengths = np.frombuffer(self._idx.read(HEADER.size + first * 4, (last - first) * 4), "<i4")
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return np.diff(ends[sequences - first])
+
+    def damage(self) -> str | None:
+        """What is wrong inside the index, which opening does not look at; None if nothing is.
+
+        Raises:
+            UserError: as `tokens`, of the index.
+        """
+        position, n = 0, self._num_sequences
+        for start in range(0, n, CHUNK):
+            count = min(CHUNK, n - start)
+            lengths = np.frombuffer(self._idx.read(HEADER.size + start * 4, count * 4), "<i4").astype(np.int64)
+            pointers = np.frombuffer(self._idx.read(HEADER.size + n * 4 + start * 8, count * 8), "<i8")
+            ends = position + np.cumsum(lengths)
+            if (lengths < 0).any() or (pointers != (ends - lengths) * self.dtype.itemsize).any():
+                return f"{self._idx.path}: damaged: its sequences do not lie one after another; tokenize again"
+            position = int(ends[-1])
+        if position != self.num_tokens:
+            return f"{self._idx.path}: damaged: it describes {position:,} tokens of {self.num_tokens:,}; tokenize again"
+        for start in range(0, self.num_documents, CHUNK):
+            count = min(CHUNK, self.num_documents - start) + 1
+            firsts = np.frombuffer(self._idx.read(HEADER.size + n * 12 + start * 8, count * 8), "<i8")
+            if (np.diff(firsts) < 0).any():
+                return f"{self._idx.path}: damaged: its documents are not in order; tokenize again"
+        return None
 
     def _length(self, sequence: int) -> int:
         """In tokens."""

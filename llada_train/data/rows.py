@@ -217,12 +217,15 @@ class PretrainingData:
         return self._read(rows) if rows else np.empty((0, self.sequence_length), np.int64)
 
     def check(self) -> None:
-        """What training needs of the corpora beyond being there.
+        """What training needs of the corpora beyond being there; some reads of each, so that one rank does it for all.
 
         Raises:
-            UserError: documents (of each corpus a few are looked at) do not end in the end-of-text token, or a batch
-                would hold rows of a corpus more than once.
+            UserError: a few places of a corpus hold ids that the model does not have, a few of its documents do not
+                end in the end-of-text token, or a batch would hold rows of a corpus more than once.
         """
+        for corpus in self.corpora:
+            for tokens in corpus.sample:
+                self._check_ids(corpus, tokens)
         self._check_document_ends()
         for phase in self.timeline.phases:
             self._check_batches(phase)
@@ -277,8 +280,6 @@ class PretrainingData:
         if validation is not None:
             documents = f"{held_out} held-out documents"
             _check_size(validation, documents, "sequence_length", "raise validation_documents")
-        for tokens in corpus.sample():
-            self._check_ids(corpus, tokens)
         return training, validation
 
     def _check_batches(self, phase: Phase) -> None:

@@ -1,86 +1,62 @@
-"""Text ↔ token ids, by Hugging Face's tokenizer.json and tokenizer_config.json, without importing transformers."""
+"""Text ↔ token ids, by tokenizer.json or a sentencepiece model, and tokenizer_config.json; without transformers."""
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llada_train.config.errors import UserError
+from llada_train.data.tokenizer_backends import Backend, HuggingFaceBackend, SentencePieceBackend
 
 # LLaDA's names (its tokenizer_config.json), which hold where tokenizer_config.json names no other.
 BOS_TOKEN = "<|startoftext|>"
 EOS_TOKEN = "<|endoftext|>"
 MASK_TOKEN = "<|mdm_mask|>"
+CHAT_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 CONFIG_FILE = "tokenizer_config.json"
-
-
-_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-
-
-def _byte_of_character() -> dict[str, int]:
-    """How byte-level BPE writes bytes (GPT-2's `bytes_to_unicode`): printable Latin-1 as it is, others from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_of_character()
 
 
 class Tokenizer:
     """A tokenizer with a mask token and an end-of-text token, which no text can produce."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str, mask_token: str, fingerprint: str) -> None:
-        """Prefer `Tokenizer.load`. Both tokens must be in `backend`, which is changed."""
-        # Text that happens to contain "<|mdm_mask|>" is text. This holds for tokens that are marked special only.
-        backend.add_special_tokens([eos_token, mask_token])
-        backend.encode_special_tokens = True
-        # tokenizer.json may carry settings of an earlier use; a corpus is neither cut nor padded.
-        backend.no_truncation()
-        backend.no_padding()
+    def __init__(self, backend: Backend, eos_token: str, mask_token: str, fingerprint: str) -> None:
+        """Prefer `Tokenizer.load`. Both tokens must be in the vocabulary."""
         self._backend = backend
         self.fingerprint = fingerprint
-        """sha256 of tokenizer.json, in hexadecimal."""
-        vocab = backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values()) + 1
+        """sha256 of tokenizer.json or the sentencepiece model, in hexadecimal."""
+        self.vocab_size = max(backend.vocab.values()) + 1
         """The largest id + 1: how many ids a model must read."""
-        self.eos_id = vocab[eos_token]
-        self.mask_id = vocab[mask_token]
+        self.eos_id = backend.vocab[eos_token]
+        self.mask_id = backend.vocab[mask_token]
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read a tokenizer folder.
+    def load(cls, path: Path) -> Self:
+        """Read a tokenizer folder, or a sentencepiece model.
 
         Raises:
             UserError: the folder or a file is missing or broken, or there is no mask or EOS token.
         """
-        data = _read(folder, TOKENIZER_FILE)
-        try:
-            config: Any = json.loads(_read(folder, CONFIG_FILE))
-        except ValueError as error:
-            raise UserError(f"{folder / CONFIG_FILE}: not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{folder / CONFIG_FILE}: expected a JSON object")
-        try:
-            backend = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{folder / TOKENIZER_FILE}: not a tokenizer: {error}") from None
-        eos_token = _special_token(backend, folder, config, "eos_token", EOS_TOKEN)
-        mask_token = _special_token(backend, folder, config, "mask_token", MASK_TOKEN)
-        return cls(backend, eos_token, mask_token, hashlib.sha256(data).hexdigest())
+        files = TokenizerFiles.read(path)
+        eos_token, mask_token = files.special_token("eos_token"), files.special_token("mask_token")
+        backend: Backend
+        if files.tokenizers is not None:
+            backend = HuggingFaceBackend(files.tokenizers, [eos_token, mask_token])
+        else:
+            assert files.sentencepiece is not None
+            backend = files.sentencepiece
+        return cls(backend, eos_token, mask_token, hashlib.sha256(files.data).hexdigest())
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, nothing added; the names of special tokens inside a text are encoded as text."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    @property
+    def definition(self) -> dict[str, Any] | None:
+        """What tokenizer.json says, parsed; None for a sentencepiece model."""
+        return self._backend.definition
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -89,62 +65,94 @@ class Tokenizer:
         Those of a sequence of ids are the text's, but for a space that some tokenizers put before the first word.
         """
         found = [b""] * self.vocab_size
-        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
-        for token, i in self._backend.get_vocab(with_added_tokens=True).items():
-            if token in added:
-                found[i] = token.encode()
-            elif byte_level:
-                found[i] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
-            elif _BYTE_TOKEN.fullmatch(token):  # sentencepiece's byte fallback
-                found[i] = bytes([int(token[3:5], 16)])
-            else:
-                found[i] = token.replace("▁", " ").encode()
+        for token, id in self._backend.vocab.items():
+            found[id] = self._backend.bytes_of(token)
         return found
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, nothing added; the names of special tokens inside a text are encoded as text."""
+        return self._backend.encode_batch(texts)
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """The text of `ids`; special tokens are left out, or spelled out with `keep_special`."""
-        return self._backend.decode(ids, skip_special_tokens=not keep_special)
+        return self._backend.decode(ids, keep_special)
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Train a byte-level BPE tokenizer with LLaDA's special tokens, and save it in `folder`.
+class TokenizerFiles:
+    """What lies in a tokenizer folder, whether or not it has the special tokens."""
 
-    The same texts give the same files. Little text gives fewer than `vocab_size` tokens. transformers' AutoTokenizer
-    loads the folder.
+    def __init__(self, path: Path, data: bytes, config: dict[str, Any], is_sentencepiece: bool) -> None:
+        """
+        Raises:
+            UserError: `data` is no tokenizer.
+        """
+        self.path = path
+        self.data = data
+        self.config = config
+        self.tokenizers: tokenizers.Tokenizer | None = None
+        self.sentencepiece: SentencePieceBackend | None = None
+        try:
+            if is_sentencepiece:
+                self.sentencepiece = SentencePieceBackend(data)
+            else:
+                self.tokenizers = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # the libraries raise nothing narrower
+            name = SENTENCEPIECE_FILE if is_sentencepiece else TOKENIZER_FILE
+            raise UserError(f"{path if path.is_file() else path / name}: not a tokenizer: {error}") from None
 
-    Raises:
-        UserError: there is no text, or vocab_size does not hold the 256 bytes and the special tokens.
-    """
-    special_tokens = [BOS_TOKEN, EOS_TOKEN, MASK_TOKEN]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(special_tokens)
-    if vocab_size < smallest:
-        raise UserError(f"vocabulary size {vocab_size}: the bytes and special tokens alone are {smallest} tokens")
-    first = next(texts, None)
-    if first is None:
-        raise UserError("empty text: there is no document to train a tokenizer on")
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a folder, or a sentencepiece model.
 
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, where it cannot be made
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(chain([first], texts), trainer)
+        Raises:
+            UserError: a file is missing or broken.
+        """
+        if path.is_file():
+            return cls(path, _read(path.parent, path.name), {}, is_sentencepiece=True)
+        is_sentencepiece = not (path / TOKENIZER_FILE).exists() and (path / SENTENCEPIECE_FILE).exists()
+        data = _read(path, SENTENCEPIECE_FILE if is_sentencepiece else TOKENIZER_FILE)
+        try:
+            config: Any = json.loads(_read(path, CONFIG_FILE))
+        except ValueError as error:
+            raise UserError(f"{path / CONFIG_FILE}: not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path / CONFIG_FILE}: expected a JSON object")
+        return cls(path, data, config, is_sentencepiece)
 
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS_TOKEN,
-        "eos_token": EOS_TOKEN,
-        "pad_token": EOS_TOKEN,
-        "mask_token": MASK_TOKEN,
-        "clean_up_tokenization_spaces": False,
-    }
-    _write(folder / TOKENIZER_FILE, backend.to_str(pretty=True))
-    _write(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-    return Tokenizer.load(folder)
+    def has(self, token: str) -> bool:
+        """Whether it is in the vocabulary, and can be told from text."""
+        if self.tokenizers is not None:
+            return self.tokenizers.token_to_id(token) is not None
+        assert self.sentencepiece is not None
+        return token in self.sentencepiece.vocab and self.sentencepiece.is_special(token)
+
+    def name_of(self, key: str) -> str:
+        """The token that is the `eos_token` or `mask_token`, whether or not the tokenizer has it.
+
+        Raises:
+            UserError: the config names something else than a token.
+        """
+        own = self.sentencepiece.eos_token if self.sentencepiece else None
+        default = MASK_TOKEN if key == "mask_token" else own or EOS_TOKEN
+        entry = self.config.get(key) or default
+        token = entry["content"] if isinstance(entry, dict) and "content" in entry else entry
+        if not isinstance(token, str):
+            raise UserError(f"{self.path / CONFIG_FILE}: {key}: expected the token's text, found {entry!r}")
+        return token
+
+    def special_token(self, key: str) -> str:
+        """`name_of` a token that is there.
+
+        Raises:
+            UserError: as `name_of`, or the tokenizer does not have it.
+        """
+        token = self.name_of(key)
+        if not self.has(token):
+            raise UserError(
+                f"{self.path}: the tokenizer has no {key.replace('_', ' ')}: {token!r} is not in its vocabulary, or is "
+                f"one that text can produce; `llada-data add-mask-token {self.path} --output FOLDER` makes one that has"
+            )
+        return token
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -152,26 +160,6 @@ def _read(folder: Path, name: str) -> bytes:
         return (folder / name).read_bytes()
     except OSError as error:
         raise UserError(
-            f"{folder}: no tokenizer: {name}: {error.strerror}; "
-            "give a folder that `llada-data train-tokenizer` or transformers' save_pretrained wrote"
+            f"{folder}: no tokenizer: {name}: {error.strerror}; give a folder that `llada-data train-tokenizer` or "
+            "transformers' save_pretrained wrote, or a sentencepiece model"
         ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _special_token(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, Any], key: str, default: str) -> str:
-    entry = config.get(key) or default
-    token = entry["content"] if isinstance(entry, dict) and "content" in entry else entry
-    if not isinstance(token, str):
-        raise UserError(f"{folder / CONFIG_FILE}: {key}: expected the token's text, found {entry!r}")
-    if backend.token_to_id(token) is None:
-        raise UserError(
-            f"{folder}: the tokenizer has no {key.replace('_', ' ')}: {token!r} is not in its vocabulary; add it with "
-            f"transformers: t = AutoTokenizer.from_pretrained({str(folder)!r}); "
-            f"t.add_special_tokens({{{key!r}: {default!r}}}); t.save_pretrained({str(folder)!r})"
-        )
-    return token

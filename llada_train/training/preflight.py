@@ -26,9 +26,9 @@ class Inputs:
 
 
 def open_inputs(
-    config_file: Path, overrides: Sequence[str], world_size: int, accept_config_changes: bool = False
+    config_file: Path, overrides: Sequence[str], world_size: int, accept_config_changes: bool = False, rank: int = 0
 ) -> Inputs:
-    """Open everything that the config names; nothing is written.
+    """Open everything that the config names; nothing is written. Rank 0 looks into the corpora, for all ranks.
 
     Raises:
         UserError: config, data, tokenizer, run folder or `init_from` are at fault.
@@ -36,8 +36,9 @@ def open_inputs(
     config = load_config(config_file, overrides, world_size)
     data = PretrainingData(config)
     inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
-    data.check()
-    _check_corpora(inputs.run, data)
+    if rank == 0:
+        data.check()
+        _check_corpora(inputs.run, data)
     read_metrics(config.run_dir)
     if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
         _check_checkpoint(config.init_from, config.model)

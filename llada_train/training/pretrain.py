@@ -46,7 +46,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
         engine = Engine(config, here)
         watchdog.beat("reading its weights")
         progress = _restore(run, engine)
-        writer = CheckpointWriter(run.checkpoints, engine, data.identities)
+        writer = CheckpointWriter(run.checkpoints, engine, data.identities if here.is_main else ())
         timeline = data.timeline_after(progress.phases, progress.consumed_samples)
         end_tokens = timeline.tokens(timeline.end_samples)
         check_phases(config, timeline, progress.consumed_samples, here.world_size)

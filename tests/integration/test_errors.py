@@ -55,7 +55,7 @@ def cut_corpus(data: Path, folder: Path) -> str:
 
 
 def other_tokenizer(data: Path, folder: Path) -> str:
-    from llada_train.data.tokenizer import train_tokenizer
+    from data_tools.train_tokenizer import train_tokenizer
 
     train_tokenizer(iter(["another text altogether"] * 50), 290, folder / "other")
     return f"data.tokenizer={folder / 'other'}"

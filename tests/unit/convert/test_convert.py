@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from data_tools.train_tokenizer import Kind, train_tokenizer
 from llada_train.checkpoint.header import read_header
 from llada_train.checkpoint.reader import open_verified
 from llada_train.config.errors import UserError
@@ -31,7 +32,7 @@ from llada_train.convert.load import load_plain
 from llada_train.convert.names import Piece, SpecialTokens
 from llada_train.convert.plain import plain_model
 from llada_train.convert.to_hf import to_hf
-from llada_train.data.tokenizer import Tokenizer, train_tokenizer
+from llada_train.data.tokenizer import Tokenizer
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
 from llada_train.model.sizes import tensor_specs
@@ -76,6 +77,16 @@ def refusal(folder: Path, out: Path) -> str:
         from_hf(folder, out)
     assert sorted(out.parent.iterdir()) == before
     return str(caught.value)
+
+
+def test_a_sentencepiece_model_is_exported(tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    theirs = train_tokenizer(iter(["def f(x): return x"]), 300, folder, Kind.SENTENCEPIECE_BPE)
+    for name, path in (("folder", folder), ("file", folder / "tokenizer.model")):
+        checkpoint(tmp_path / f"run-{name}", MODELS[1], path)
+        export(tmp_path / f"run-{name}", tmp_path / name)
+        ours = Tokenizer.load(tmp_path / name)
+        assert (ours.fingerprint, ours.eos_id, ours.mask_id) == (theirs.fingerprint, theirs.eos_id, theirs.mask_id)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: f"kv{m.num_kv_heads}")

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from llada_train.config.errors import UserError
 from llada_train.data import corpus as corpus_module
-from llada_train.data.corpus import Corpus, CorpusWriter, Manifest, token_dtype
+from llada_train.data.corpus import Checksums, Corpus, CorpusWriter, Manifest, token_dtype
 
 DOCUMENTS = [[5, 6, 7], [8], [], [65_499, 0, 1, 2]]
 
@@ -118,7 +118,17 @@ def test_nothing_has_its_final_name_before_the_end(tmp_path: Path) -> None:
         assert all(path.suffix == ".partial" for path in tmp_path.iterdir())
 
 
-MANIFEST = Manifest(documents=4, tokens=8, text_bytes=30, tokenizer_fingerprint="ab", dtype="uint16", eos_id=1)
+MANIFEST = Manifest(
+    documents=4,
+    tokens=8,
+    text_bytes=30,
+    tokenizer_fingerprint="ab",
+    vocab_size=65_500,
+    dtype="uint16",
+    eos_id=1,
+    rejected={"empty": 2},
+    checksums=Checksums(bin="b", idx="c", inputs="d"),
+)
 
 
 def test_manifest(prefix: Path) -> None:

@@ -147,7 +147,7 @@ def test_model_vocabulary_smaller_than_the_tokenizers_is_refused(opened: Callabl
 def test_ids_beyond_the_model_are_refused_when_opened(opened: Callable[..., PretrainingData], tmp_path: Path) -> None:
     path = write(tmp_path / "c", [[5] * 20, [300] * 20])
     with pytest.raises(UserError, match=f"{path}: holds token id 300, but model.vocab_size is 300"):
-        opened([{"path": path}])
+        opened([{"path": path}]).check()
 
 
 def test_ids_beyond_the_model_are_refused_when_read(opened: Callable[..., PretrainingData], tmp_path: Path) -> None:

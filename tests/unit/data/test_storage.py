@@ -68,6 +68,10 @@ def test_a_pattern_is_one_corpus_of_many_files(bucket: object, tiny_data: Path) 
     one, both = Corpus(tiny_data / "corpus"), Corpus("s3://corpora/web/part-*")
     assert (both.num_tokens, both.num_documents) == (2 * one.num_tokens, 2 * one.num_documents)
     assert np.array_equal(both.document(one.num_documents + 3), one.document(3))
+    assert both.manifest is not None
+    assert one.manifest is not None
+    assert both.manifest.text_bytes == 2 * one.manifest.text_bytes
+    assert both.manifest.checksums is None, "those of one file say nothing of both"
     with pytest.raises(UserError, match=r"s3://corpora/web/no-\*: no corpus: no file fits"):
         Corpus("s3://corpora/web/no-*")
 

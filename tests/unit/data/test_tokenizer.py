@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from data_tools.train_tokenizer import add_special_tokens, train_tokenizer
 from llada_train.config.errors import UserError
-from llada_train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, Tokenizer, train_tokenizer
+from llada_train.data.corpus import token_dtype
+from llada_train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, Tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n", "Grüße, 世界! 🙂\r\n\ttab", "the cat sat on the mat, the cat sat"] * 3
 SPECIAL_TEXT = f"a{MASK_TOKEN} {EOS_TOKEN} b {BOS_TOKEN}"
@@ -104,12 +106,39 @@ def test_without_names_llada_s_hold(files: Path) -> None:
     assert tokenizer.decode([tokenizer.mask_id], keep_special=True) == MASK_TOKEN
 
 
+def test_lladas_own_layout(tmp_path: Path) -> None:
+    """126,080 ids of text and bytes, then special ones with gaps between; tokenizer_config.json names no mask."""
+    special = {"<|startoftext|>": 126080, "<|endoftext|>": 126081, "[CLS]": 126082, "[gMASK]": 126083}
+    special |= {f"<|reserved_token_{i}|>": 126084 + i for i in range(252)}
+    special |= {"<|mdm_mask|>": 126336, **{f"<|reserved_token_{i}|>": 126085 + i for i in range(252, 255)}}
+    special |= {"<role>": 126340, "</role>": 126341, "<|arithmetic_start|>": 126342, "<|arithmetic_end|>": 126343}
+    special |= {"<|number_start|>": 126344, "<|number_end|>": 126345, "<|start_header_id|>": 126346}
+    special |= {"<|end_header_id|>": 126347, "<|eot_id|>": 126348}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {name: id for id, name in enumerate([*alphabet, *(f"filler {i}" for i in range(126080 - 256))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(list(special))
+    assert {name: backend.token_to_id(name) for name in special} == special
+    backend.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**names, "cls_token": "[CLS]", "gmask_token": "[gMASK]"})
+    )
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.vocab_size) == (126336, 126081, 126349)
+    assert token_dtype(tokenizer.vocab_size) == "int32"
+    assert add_special_tokens(tmp_path, tmp_path / "new") == []
+    assert Tokenizer.load(tmp_path / "new").fingerprint == tokenizer.fingerprint
+    assert tokenizer.encode_batch(["<|eot_id|>"])[0] == [vocab[character] for character in "<|eot_id|>"]
+
+
 def test_training_is_deterministic(folder: Path, tmp_path: Path) -> None:
     again = train_tokenizer(iter(TEXTS), 300, tmp_path)
     assert again.fingerprint == Tokenizer.load(folder).fingerprint
 
 
-@pytest.mark.parametrize(("texts", "vocab_size", "message"), [([], 300, "empty text"), (TEXTS, 258, "259 tokens")])
+@pytest.mark.parametrize(("texts", "vocab_size", "message"), [([], 300, "empty text"), (TEXTS, 261, "262 tokens")])
 def test_training_refuses(tmp_path: Path, texts: list[str], vocab_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train_tokenizer(iter(texts), vocab_size, tmp_path / "t")
@@ -117,13 +146,16 @@ def test_training_refuses(tmp_path: Path, texts: list[str], vocab_size: int, mes
 
 
 @pytest.mark.parametrize(("key", "name"), [("mask_token", "mask token"), ("eos_token", "eos token")])
-def test_a_missing_token_and_how_to_add_it(files: Path, key: str, name: str) -> None:
+def test_a_missing_token_and_how_to_add_it(folder: Path, files: Path, tmp_path: Path, key: str, name: str) -> None:
     edit(files / "tokenizer_config.json", **{key: "<none>"})
-    with pytest.raises(UserError, match=f"no {name}: '<none>' .* add it with transformers") as error:
+    with pytest.raises(UserError, match=f"no {name}: '<none>' .*`llada-data add-mask-token {files} "):
         Tokenizer.load(files)
-    code = str(error.value).split("add it with transformers: ")[1]
-    exec(code, {"AutoTokenizer": AutoTokenizer})  # the advice works
-    Tokenizer.load(files)
+    assert add_special_tokens(files, tmp_path / "new") == ["<none>"]
+    before, after = Tokenizer.load(folder), Tokenizer.load(tmp_path / "new")
+    assert after.encode_batch(TEXTS) == before.encode_batch(TEXTS)
+    assert after.vocab_size == before.vocab_size + 1
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert (theirs.mask_token_id, theirs.eos_token_id) == (after.mask_id, after.eos_id)
 
 
 def test_faulty_files(files: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import cli, tokenize
-from llada_train.data.corpus import Corpus
+from data_tools import cli
+from llada_train.data.corpus import Corpus, CorpusWriter
 from llada_train.data.tokenizer import Tokenizer
 
 TEXTS = {"a.txt": "the cat sat", "b.py": "x = '<|mdm_mask|>'\n", "c.txt": "Grüße 🙂"}
@@ -63,19 +63,6 @@ def test_text_to_corpus(text: Path, tokenizer: Path, tmp_path: Path, llada_data)
     assert f"left out, not valid UTF-8: 1, the first in {text / 'd.txt'}" in err
 
 
-def test_the_output_is_the_same_for_any_number_of_workers(
-    text: Path, tokenizer: Path, tmp_path: Path, llada_data, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenize, "BATCH_BYTES", 20)
-    (text / "e.jsonl").write_text("".join(f'{{"text": "{"the cat " * (i % 7 + 1)}{i}"}}\n' for i in range(100)))
-    for workers in (1, 2):
-        output = tmp_path / f"corpus-{workers}"
-        arguments = ("--tokenizer", tokenizer, "--output", output, "--workers", workers)
-        assert llada_data("tokenize", text, *arguments)[0] == 0
-    for suffix in (".bin", ".idx", ".json"):
-        assert (tmp_path / f"corpus-1{suffix}").read_bytes() == (tmp_path / f"corpus-2{suffix}").read_bytes()
-
-
 @pytest.mark.parametrize("name", ["tokenize", "train-tokenizer"])
 def test_an_existing_output_is_kept(text: Path, tokenizer: Path, tmp_path: Path, llada_data, name: str) -> None:
     command = {
@@ -102,7 +89,7 @@ def test_no_document_leaves_no_corpus(tokenizer: Path, tmp_path: Path, llada_dat
     output = tmp_path / "corpus"
     code, out, err = llada_data("tokenize", empty, "--tokenizer", tokenizer, "--output", output, "--workers", workers)
     assert (code, out) == (2, "")
-    assert err == "error: empty text: none of 1 files has a document; empty: 1\n"
+    assert err.endswith("error: empty text: no document in 1 files; empty: 1\n")
     assert not list(tmp_path.glob("corpus*"))
 
 
@@ -113,6 +100,7 @@ def test_no_document_leaves_no_corpus(tokenizer: Path, tmp_path: Path, llada_dat
         (["tokenize", ".", "--tokenizer", "t", "--output", "c"], "t: no tokenizer"),
         (["train-tokenizer", ".", "--output", "t", "--vocab-size", "300"], "empty text"),
         (["train-tokenizer", "file", "--output", "file/t", "--vocab-size", "300"], "Not a directory: 'file/t'"),
+        (["merge", "c"], "c.parts: no parts; make them with `llada-data tokenize --shard`"),
     ],
 )
 def test_errors_are_one_message(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -136,3 +124,66 @@ def test_help_answers_at_once() -> None:
     modules = set(done.stdout.split())
     assert "typer" in modules
     assert not {"numpy", "tokenizers", "torch"} & modules
+
+
+def test_the_ways_of_looking_at_a_corpus(text: Path, tokenizer: Path, tmp_path: Path, llada_data) -> None:
+    prefix = tmp_path / "corpus"
+    llada_data("tokenize", text, "--tokenizer", tokenizer, "--output", prefix)
+    code, out, _ = llada_data("inspect", prefix, "--tokenizer", tokenizer)
+    assert code == 0
+    assert re.search(r"documents +3\n", out)
+    assert "the cat sat<|endoftext|>" in out
+    code, out, _ = llada_data("verify", prefix)
+    assert (code, "sound" in out) == (0, True)
+
+    (tmp_path / "corpus.json").unlink()
+    code, out, err = llada_data("verify", prefix)
+    assert (code, out) == (2, "")
+    assert "give its --tokenizer" in err
+    without = tmp_path / "without"
+    with CorpusWriter(without, "uint16") as writer:
+        for document in ([5, 6], [7]):
+            writer.add_document(document)
+    code, out, _ = llada_data("verify", without, "--tokenizer", tokenizer)
+    assert code == 1
+    assert "2 of 2 documents do not end in EOS" in out
+    arguments = ("add-eos", without, "--tokenizer", tokenizer, "--output")
+    code, out, _ = llada_data(*arguments, tmp_path / "with")
+    assert (code, out) == (0, f"{tmp_path / 'with'}: 2 of 2 documents were given an EOS\n")
+    assert llada_data("verify", tmp_path / "with", "--tokenizer", tokenizer)[0] == 0
+    assert "already there" in llada_data(*arguments, tmp_path / "with")[2]
+    assert "is the corpus that is read" in llada_data(*arguments, without)[2]
+
+
+def test_shares_by_the_command(
+    text: Path, tokenizer: Path, tmp_path: Path, llada_data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.sources.SMALLEST_UNIT", 1)
+    arguments = ("tokenize", text, "--tokenizer", tokenizer, "--output", tmp_path / "corpus", "--shard")
+    for wrong in ("2/2", "1", "-1/2", "a/b"):
+        code, _, err = llada_data(*arguments, wrong)
+        assert code == 2
+        assert "expected I/N, with I from 0 to N - 1" in err
+    code, out, _ = llada_data(*arguments, "1/2")
+    assert (code, out.split(": ")[1]) == (0, "share 1/2 is finished; when all are")
+    code, _, err = llada_data("merge", tmp_path / "corpus")
+    assert code == 2
+    assert "1 of 3 parts are missing, the first is 0" in err
+    llada_data(*arguments, "0/2")
+    code, out, _ = llada_data("merge", tmp_path / "corpus")
+    assert re.search(r"documents +3\n", out)
+
+
+def test_a_tokenizer_without_a_mask(tokenizer: Path, text: Path, tmp_path: Path, llada_data) -> None:
+    config = tokenizer / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<|mdm_mask|>", "<mask>"))
+    code, _, err = llada_data("tokenize", text, "--tokenizer", tokenizer, "--output", tmp_path / "corpus")
+    assert code == 2
+    advice = re.search(r"`llada-data (add-mask-token \S+ --output) FOLDER`", err)
+    assert advice
+    code, out, _ = llada_data(*advice[1].split(), tmp_path / "new")
+    assert (code, out) == (0, f"{tmp_path / 'new'}: 271 tokens; mask 270, EOS 1; added <mask>\n")
+    code, out, _ = llada_data("add-mask-token", tmp_path / "new", "--output", tmp_path / "again")
+    assert (code, out) == (0, f"{tmp_path / 'again'}: 271 tokens; mask 270, EOS 1; it had both already\n")
+    assert "a tokenizer is already there" in llada_data(*advice[1].split(), tmp_path / "new")[2]
+    assert llada_data("tokenize", text, "--tokenizer", tmp_path / "new", "--output", tmp_path / "corpus")[0] == 0

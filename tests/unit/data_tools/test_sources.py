@@ -17,11 +17,12 @@ def test_folders_are_read_in_order(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"text": name}) if path.suffix == ".jsonl" else name)
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     sources = Sources([tmp_path, tmp_path / ".hidden"])
     assert texts(sources) == ["a/y/x.md", "a/z.txt", "b.py", "c.jsonl", ".hidden"]
     assert texts(sources) == texts(sources)
     assert sources.bytes_read == sources.total_bytes
-    assert not sources.rejected
+    assert sources.rejected == {"a link to a folder that is read anyway": 1, "a link that leads nowhere": 1}
 
 
 def test_text_is_kept_byte_for_byte(tmp_path: Path) -> None:

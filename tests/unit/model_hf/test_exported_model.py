@@ -9,11 +9,11 @@ import pytest
 import torch
 from hf_folders import checkpoint
 
+from data_tools.train_tokenizer import train_tokenizer
 from llada_train.checkpoint.reader import open_verified
 from llada_train.config.schema import ModelConfig
 from llada_train.convert.plain import plain_model
 from llada_train.convert.to_hf import to_hf
-from llada_train.data.tokenizer import train_tokenizer
 
 OLD = "LLADA_TRAIN_TRANSFORMERS_4"  # a Python with torch, transformers 4, peft and accelerate
 MODEL = ModelConfig(

@@ -1,0 +1,327 @@
+"""The records of one input file, whatever its format: numbered texts, and what could not be read.
+
+| name ends in | records |
+|---|---|
+| .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .json.zst | one JSON object per line, the text under a key |
+| .parquet, .arrow | rows, the text in a column |
+| anything else, also with .gz or .zst after it | the whole file |
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+if TYPE_CHECKING:
+    import pyarrow
+
+DOCUMENT_LIMIT = 64 << 20  # bytes: what one document may have, so that memory stays bounded
+TOO_LONG = f"longer than {DOCUMENT_LIMIT >> 20} MiB"
+READ = 1 << 20  # bytes of a file at once
+ROWS = 64  # of a .parquet file at once
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record, or the rest of a file, that cannot be used."""
+
+    reason: str
+
+
+Record = tuple[int, str | Rejection]  # the number of the line or row, from 1
+Advance = Callable[[int], None]  # so many bytes of the file are done
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that is read by itself: lines that begin in bytes [start, stop), or row groups [start, stop)."""
+
+    file: Path
+    size: int  # about how many bytes of the file it is
+    start: int = 0
+    stop: int | None = None  # to the end
+
+    def place(self, number: int) -> str:
+        """Where record `number` of this piece is, for people."""
+        kind = _kind(self.file)
+        if kind == "whole":
+            return str(self.file)
+        noun = "line" if kind == "lines" else "row"
+        if not self.start:
+            return f"{self.file}, {noun} {number}"
+        origin = f"byte {self.start:,}" if kind == "lines" else f"row group {self.start}"
+        return f"{self.file}, {noun} {number} from {origin} on"
+
+
+def split(file: Path, size: int, piece_size: int) -> list[Piece]:
+    """Pieces of about `piece_size` bytes that together are the file; one, if it can only be read from its start."""
+    if size > piece_size:
+        if file.suffix == ".jsonl":
+            return [
+                Piece(file, min(piece_size, size - start), start, min(start + piece_size, size))
+                for start in range(0, size, piece_size)
+            ]
+        if file.suffix == ".parquet":
+            return _row_groups(file, size, piece_size)
+    return [Piece(file, size)]
+
+
+def read(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+    """The records of a piece, in order. Damage ends it with a `Rejection`, never with an exception."""
+    readers = {"whole": _whole, "lines": _lines, "parquet": _parquet, "arrow": _arrow}
+    return readers[_kind(piece.file)](piece, text_key, advance)
+
+
+def decode(data: bytes) -> str | Rejection:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Rejection("not valid UTF-8")
+
+
+def _kind(file: Path) -> str:
+    if file.suffix == ".jsonl" or (_is_compressed(file) and Path(file.stem).suffix in (".jsonl", ".json")):
+        return "lines"
+    return {".parquet": "parquet", ".arrow": "arrow"}.get(file.suffix, "whole")
+
+
+def _is_compressed(file: Path) -> bool:
+    return file.suffix in (".gz", ".zst")
+
+
+class _Source:
+    """An open file, decompressed. A context manager; `advance` is told what of the file itself has been read."""
+
+    def __init__(self, file: Path, advance: Advance) -> None:
+        self._raw = file.open("rb", buffering=READ)
+        self._advance = advance
+        self._told = 0
+        self.stream: BinaryIO = self._raw
+        if file.suffix == ".gz":
+            self.stream = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw))
+        elif file.suffix == ".zst":
+            self.stream = cast(BinaryIO, io.BufferedReader(_ZstdFile(self._raw), READ))
+
+    def __enter__(self) -> "_Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+    def report(self) -> None:
+        done = self._raw.tell()
+        self._advance(done - self._told)
+        self._told = done
+
+
+class _ZstdFile(io.RawIOBase):
+    """The frames of a .zst file. The library's own reader takes a file that is cut for one that ends."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: object = None
+        self._rest = b""  # read, not yet decompressed
+        self._out = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(cast(bytearray, buffer))
+        while not self._out:
+            data = self._rest or self._raw.read(1 << 16)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError
+                return 0
+            self._out = self._decompress(data)
+        size = min(len(view), len(self._out))
+        view[:size] = self._out[:size]
+        self._out = self._out[size:]
+        return size
+
+    def _decompress(self, data: bytes) -> bytes:
+        import zstandard
+
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        frame = cast("zstandard.ZstdDecompressionObj", self._frame)
+        try:
+            out = frame.decompress(data)
+        except zstandard.ZstdError as error:
+            raise zlib.error(str(error)) from None
+        self._rest = frame.unused_data if frame.eof else b""
+        if frame.eof:
+            self._frame = None
+        return out
+
+
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
+_DAMAGED = Rejection("damaged or truncated archive, from there on")
+_UNREADABLE = Rejection("unreadable")
+
+
+def _whole(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+    try:
+        with _Source(piece.file, advance) as source:
+            data = source.stream.read(DOCUMENT_LIMIT + 1)
+    except _DAMAGE:
+        yield 1, _DAMAGED
+    except OSError:
+        yield 1, _UNREADABLE
+    else:
+        yield 1, Rejection(TOO_LONG) if len(data) > DOCUMENT_LIMIT else decode(data)
+    advance(piece.size)
+
+
+def _lines(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+    number = 0
+    try:
+        with _Source(piece.file, advance) as source:
+            stream = source.stream
+            position = piece.start
+            if piece.start:  # the line that begins before belongs to the piece before
+                stream.seek(piece.start - 1)
+                position += _skip_line(stream) - 1
+            while piece.stop is None or position < piece.stop:
+                number += 1
+                line = stream.readline(DOCUMENT_LIMIT + 1)
+                if not line:
+                    break
+                position += len(line)
+                too_long = len(line) > DOCUMENT_LIMIT
+                if too_long and not line.endswith(b"\n"):
+                    position += _skip_line(stream)
+                if too_long:
+                    yield number, Rejection(TOO_LONG)
+                elif not line.isspace():
+                    yield number, _parse(line, text_key)
+    except _DAMAGE:
+        yield number, _DAMAGED
+    except OSError:
+        yield number, _UNREADABLE
+    advance(piece.size)
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read on past the next newline; how many bytes that was."""
+    size = 0
+    while part := stream.readline(READ):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
+def _parse(line: bytes, text_key: str) -> str | Rejection:
+    text = decode(line)
+    if isinstance(text, Rejection):
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return Rejection("broken JSON")
+    value = record.get(text_key) if isinstance(record, dict) else None
+    return value if isinstance(value, str) else _no_text(text_key)
+
+
+def _no_text(text_key: str) -> Rejection:
+    return Rejection(f"no text under the key {text_key!r}")
+
+
+def _row_groups(file: Path, size: int, piece_size: int) -> list[Piece]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            groups = parquet.num_row_groups
+    except (OSError, pyarrow.ArrowException):
+        return [Piece(file, size)]  # reading it will say what is wrong
+    pieces = max(1, min(groups, -(-size // piece_size)))
+    bounds = [groups * i // pieces for i in range(pieces + 1)]
+    return [Piece(file, size // pieces, bounds[i], bounds[i + 1]) for i in range(pieces)]
+
+
+def _parquet(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        # Without pre_buffer a column is read page by page, not row group by row group.
+        with pyarrow.parquet.ParquetFile(piece.file, pre_buffer=False, buffer_size=READ) as parquet:
+            if text_key not in parquet.schema_arrow.names:
+                yield 1, _no_text(text_key)
+                advance(piece.size)
+                return
+            groups = range(piece.start, parquet.num_row_groups if piece.stop is None else piece.stop)
+            for batch in parquet.iter_batches(ROWS, row_groups=groups, columns=[text_key]):
+                for text in _column(batch, text_key):
+                    number += 1
+                    yield number, text
+    except pyarrow.ArrowException:
+        yield number + 1, Rejection("damaged .parquet file, from there on")
+    except OSError:
+        yield number + 1, Rejection("damaged or unreadable .parquet file, from there on")
+    advance(piece.size)
+
+
+def _arrow(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+    import pyarrow
+
+    number = 0
+    try:
+        with closing(pyarrow.OSFile(str(piece.file))) as file:  # a memory map of a file that is cut ends the process
+            for batch in _arrow_batches(file):
+                for text in _column(batch, text_key):
+                    number += 1
+                    yield number, text
+    except pyarrow.ArrowException:
+        yield number + 1, Rejection("damaged .arrow file, from there on")
+    except OSError:
+        yield number + 1, Rejection("damaged or unreadable .arrow file, from there on")
+    advance(piece.size)
+
+
+def _arrow_batches(file: "pyarrow.NativeFile") -> Iterator["pyarrow.RecordBatch"]:
+    """Of both kinds of file: `datasets` writes streams."""
+    import pyarrow
+
+    if file.read(6) == b"ARROW1":
+        reader = pyarrow.ipc.open_file(file)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        file.seek(0)
+        yield from pyarrow.ipc.open_stream(file)
+
+
+def _column(batch: "pyarrow.RecordBatch", text_key: str) -> Iterator[str | Rejection]:
+    import pyarrow
+
+    # As bytes, since files can hold what is not UTF-8.
+    as_bytes = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    values: list[bytes | None] = [None] * batch.num_rows
+    if text_key in batch.schema.names:
+        column = batch.column(text_key)
+        if pyarrow.types.is_dictionary(column.type):
+            column.validate(full=True)
+            column = column.dictionary_decode()
+        if column.type in as_bytes:
+            column = column.view(as_bytes[column.type])
+            column.validate(full=True)  # reading offsets that are damaged can end the process
+            values = column.to_pylist()
+    for value in values:
+        if value is None:
+            yield _no_text(text_key)
+        else:
+            yield Rejection(TOO_LONG) if len(value) > DOCUMENT_LIMIT else decode(value)
