@@ -7,6 +7,7 @@ shrinks under a reader is an error and not a signal.
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def write_tensors(path: Path, sizes: Mapping[str, int], data: Iterable[Tensor]) 
     header = memoryview(header_bytes({name: (elements,) for name, elements in sizes.items()}))
     written = hashlib.sha256()
     with path.open("wb") as file:
-        for chunk in (header, *_chunks(data)):
+        for chunk in chain([header], _chunks(data)):
             written.update(chunk)
             file.write(chunk)
         file.flush()

@@ -16,7 +16,7 @@ from llada_train.checkpoint.header import Entry, read_header
 from llada_train.checkpoint.manifest import FORMAT, TOKENIZER, FragmentEntry, ImportedManifest, write_manifest
 from llada_train.checkpoint.tensor_file import ITEM, write_tensors
 from llada_train.config.errors import UserError
-from llada_train.config.load import differences
+from llada_train.config.load import model_differences
 from llada_train.config.schema import ModelConfig
 from llada_train.convert.llada import LLADA
 from llada_train.convert.names import Family, sources
@@ -235,10 +235,7 @@ def _understand(folder: Path, config: dict[str, Any], problems: list[str]) -> tu
 
 
 def _another_model(theirs: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """A run may know fewer ids than there are rows, as long as there are as many rows."""
-    if theirs.padded_vocab_size == wanted.padded_vocab_size:
-        theirs = theirs.model_copy(update={"vocab_size": wanted.vocab_size})
-    lines = differences(theirs, wanted)
+    lines = model_differences(theirs, wanted)
     return [f"another model than the config's: model.{line} (stored there → given now)" for line in lines]
 
 

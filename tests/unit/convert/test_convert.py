@@ -393,8 +393,9 @@ def test_memory_holds_pieces_of_tensors(tokenizer: Path, tmp_path: Path, monkeyp
         shutil.copy(file, tmp_path / "hf")
     monkeypatch.setattr(from_hf_module, "_CHUNK", 1 << 17)
     monkeypatch.setattr(to_hf_module, "_CHUNK", 1 << 17)
-    from_hf(tmp_path / "hf", tmp_path / "first")  # what is imported and started only once
-    export(tmp_path / "first", tmp_path / "first-back")
+    checkpoint(tmp_path / "run", MODELS[1], tokenizer)  # what is imported and started only once
+    export(tmp_path / "run", tmp_path / "first")
+    from_hf(tmp_path / "first", tmp_path / "first-back")
 
     def back() -> None:
         with open_verified(tmp_path / "ours") as weights:
