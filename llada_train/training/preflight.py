@@ -62,8 +62,18 @@ def check_phases(config: Config, timeline: Timeline, consumed_samples: int, worl
             )
 
 
+def check_content(inputs: Inputs) -> None:
+    """Look into the corpora; some reads of each, so that one rank does it for all.
+
+    Raises:
+        UserError: they cannot be trained on, or are not those that the run began with.
+    """
+    inputs.data.check()
+    check_corpora(inputs.run, inputs.data)
+
+
 def check_corpora(run: RunFolder, data: PretrainingData) -> None:
-    """A run's order of tokens hangs on its corpora, so they have to be those that it began with; one rank looks.
+    """A run's order of tokens hangs on its corpora, so they have to be those that it began with.
 
     Raises:
         UserError: they are not.
