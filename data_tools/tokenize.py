@@ -71,6 +71,7 @@ def tokenize(
     tokenizer = Tokenizer.load(tokenizer_path)
     if not overwrite:
         refuse_existing(output)
+    sources.refuse_output(output)
     sources.begin()
     units = sources.units()
     plan = {
@@ -99,6 +100,7 @@ def tokenize(
             progress.tell()  # so that rates are those of this run
             for i, done in _encode(job, [(i, units[i]) for i in missing], workers, progress):
                 parts.write_report(i, done)
+        sources.refuse_changed()
         for i in here:
             sources.tally.include(parts.report(i).tally)
         return parts.merge() if shard is None else None
@@ -161,7 +163,7 @@ class _Encoding:
         tokenizer = Tokenizer.load(job.tokenizer)
         self._job = job
         self._encoder = make_encoder(tokenizer, job.fast, all_cores)
-        self._eos_id = tokenizer.eos_id
+        self._eos_id, self._mask_id = tokenizer.eos_id, tokenizer.mask_id
         self._stopped = stopped
 
     def encode(self, i: int, unit: Unit, tell: Report = lambda size, documents, tokens: None) -> PartReport:
@@ -183,6 +185,11 @@ class _Encoding:
             with CorpusWriter(self._job.folder / f"{i:05d}", self._job.dtype) as writer:
                 for batch in chain([first], batches):
                     for ids in self._encoder.encode([document.text for document in batch]):
+                        if ((ids == self._eos_id) | (ids == self._mask_id)).any():
+                            raise UserError(
+                                f"{self._job.tokenizer}: made its mask or EOS token of text, in {unit[0].file} or a "
+                                "file after it; give a tokenizer whose special tokens no text can produce"
+                            )
                         writer.add_document(np.append(ids, self._eos_id))
                     text_bytes += sum(document.text_bytes for document in batch)
                     num_documents, num_tokens = writer.num_documents, writer.num_tokens
