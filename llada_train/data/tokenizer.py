@@ -115,6 +115,8 @@ class TokenizerFiles:
             UserError: a file is missing or broken.
         """
         if path.is_file():
+            if path.name == TOKENIZER_FILE:
+                raise UserError(f"{path}: give the folder that it lies in, {path.parent}")
             return cls(path, _read(path.parent, path.name), {}, is_sentencepiece=True)
         is_sentencepiece = not (path / TOKENIZER_FILE).exists() and (path / SENTENCEPIECE_FILE).exists()
         data = _read(path, SENTENCEPIECE_FILE if is_sentencepiece else TOKENIZER_FILE)

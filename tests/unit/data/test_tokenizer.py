@@ -180,6 +180,8 @@ def test_a_missing_token_and_how_to_add_it(folder: Path, files: Path, tmp_path: 
 
 
 def test_faulty_files(files: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.json: give the folder that it lies in"):
+        Tokenizer.load(files / "tokenizer.json")
     with pytest.raises(UserError, match=r"no tokenizer: tokenizer\.json"):
         Tokenizer.load(files / "nowhere")
     edit(files / "tokenizer_config.json", mask_token=5)
