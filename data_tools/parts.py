@@ -57,7 +57,8 @@ class Parts:
         """Begin, or go on with, `count` parts of what `sources_plan` says. `alone` if no other process works at them.
 
         Raises:
-            UserError: the folder cannot be made, is in use, or holds parts of other work, which `overwrite` removes if `alone`.
+            UserError: the folder cannot be made, is in use, or holds parts of other work and not `overwrite`, which
+                shares may not.
         """
         folder = parts_folder(prefix)
         plan: dict[str, Any] = {

@@ -10,10 +10,7 @@ So the corpus is the same for any number of processes and machines, and after an
 import contextlib
 import hashlib
 import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,12 +23,12 @@ import numpy as np
 from data_tools.encoder import choose, make_encoder
 from data_tools.formats import Piece
 from data_tools.parts import PartReport, Parts, refuse_existing
-from data_tools.sources import Document, Sources, Tally, read_documents
+from data_tools.sources import Sources, Tally, read_documents
+from data_tools.workers import batched, belong_to_parent
 from llada_train.config.errors import UserError
 from llada_train.data.corpus import CorpusWriter, Manifest, token_dtype
 from llada_train.data.tokenizer import Tokenizer
 
-BATCH_BYTES = 1 << 20
 SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 4, 8, 20_000  # that the fast encoder is tried on
 
 Unit = list[Piece]
@@ -178,7 +175,7 @@ class _Encoding:
         documents = (
             document for piece in unit for document in read_documents(piece, self._job.text_key, tally, advance)
         )
-        batches = _batches(documents)
+        batches = batched(documents)
         first = next(batches, None)
         num_documents = num_tokens = 0
         if first is not None:
@@ -199,19 +196,6 @@ class _Encoding:
         checksums = [(str(piece.file), _checksum(piece.file)) for piece in unit if not piece.start]
         known = [(file, checksum) for file, checksum in checksums if checksum]
         return PartReport(num_documents, num_tokens, text_bytes, tally, known)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.text_bytes
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _checksum(file: Path) -> str | None:
@@ -266,17 +250,8 @@ _worker: _Encoding
 
 def _start_worker(job: Job, stop: Event) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    belong_to_parent()
     _worker = _Encoding(job, all_cores=False, stopped=stop.is_set)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed leaves its pool waiting for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(i: int, unit: Unit) -> PartReport:

@@ -166,7 +166,7 @@ def test_a_part_that_does_not_fit_its_report_is_refused(folder: Path, tmp_path: 
     tokenize(Sources([folder / "text"]), folder / "tokenizer", tmp_path / "c", shard=Shard(0, 1))
     for suffix in (".bin", ".idx"):
         (tmp_path / "c.parts" / f"00002{suffix}").write_bytes((tmp_path / "c.parts" / f"00001{suffix}").read_bytes())
-    with Parts.resume(tmp_path / "c") as parts, pytest.raises(UserError, match="00002: is not what its .json says"):
+    with Parts.resume(tmp_path / "c") as parts, pytest.raises(UserError, match=r"00002: is not what its \.json says"):
         parts.merge()
     assert not (tmp_path / "c.idx").exists()
 
