@@ -64,12 +64,14 @@ def pretrain(
     """
     if processes is not None:
         from llada_train.parallel.launch import launch_local, own_command
-        from llada_train.training.preflight import open_inputs
+        from llada_train.training.preflight import check_corpora, open_inputs
 
         # Every problem is told once, before anything starts.
-        run_folder = open_inputs(config, overrides or [], processes, accept_config_changes).run
-        run_folder.prepare()
-        run_folder.release()  # to the first of the processes
+        inputs = open_inputs(config, overrides or [], processes, accept_config_changes)
+        inputs.data.check()
+        check_corpora(inputs.run, inputs.data)
+        inputs.run.prepare()
+        inputs.run.release()  # to the first of the processes
         flags = ["--accept-config-changes"] if accept_config_changes else []
         raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or []), *flags])))
     from llada_train.training.signals import StopRequest

@@ -5,6 +5,7 @@ Nothing is memory-mapped: a file that is cut under a memory map ends the process
 
 import errno
 import os
+import random
 import resource
 import time
 import weakref
@@ -44,7 +45,11 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return Path(path).is_file()
     system, inner = _file_system(path)
-    return bool(_patiently(path, lambda: system.isfile(inner)))
+    try:
+        # Not its `isfile`, to which any fault means no.
+        return bool(_patiently(path, lambda: system.info(inner))["type"] == "file")
+    except _NotThereError:
+        return False
 
 
 def matches(pattern: str) -> list[str]:
@@ -54,7 +59,9 @@ def matches(pattern: str) -> list[str]:
         UserError: the storage cannot be asked.
     """
     system, inner = _file_system(pattern)
-    found = _patiently(pattern, lambda: system.glob(inner))
+    # A folder that cannot be listed must not make the list shorter; object stores have no folders.
+    options = {} if is_remote(pattern) else {"on_error": "raise"}
+    found = _patiently(pattern, lambda: system.glob(inner, **options))
     return sorted(system.unstrip_protocol(path) if is_remote(pattern) else path for path in found)
 
 
@@ -109,7 +116,10 @@ class _RemoteFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._system, self._inner = _file_system(path)
-        self.size = int(_patiently(path, lambda: self._system.info(self._inner)["size"]))
+        size = _patiently(path, lambda: self._system.info(self._inner)["size"])
+        if size is None:
+            raise UserError(f"{path}: its server does not tell its size; use one that does, or copy the file")
+        self.size = int(size)
 
     def read(self, start: int, size: int) -> bytes:
         if not size:
@@ -117,6 +127,8 @@ class _RemoteFile:
         data: bytes = _patiently(self.path, lambda: self._system.cat_file(self._inner, start=start, end=start + size))
         if len(data) < size:
             raise _lost(self.path, f"has no byte {start + len(data):,} any more, of {self.size:,}: it was cut")
+        if len(data) > size:
+            raise UserError(f"{self.path}: its server ignores what range is asked for; use one that does not")
         return data
 
 
@@ -132,20 +144,26 @@ def _file_system(path: str) -> tuple[Any, str]:
     return system, inner
 
 
+class _NotThereError(UserError):
+    """There is no such object."""
+
+
 def _patiently(path: str, ask: Callable[[], Result]) -> Result:
-    """What `ask` returns; a fault that may pass is waited for, longer each time."""
+    """What `ask` returns; a fault that may pass is waited for, longer each time, and not by all ranks alike."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return ask()
-        except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; mend the URL or the credentials") from None
+        except FileNotFoundError as error:
+            raise _NotThereError(f"{path}: cannot be read: {error}; mend the path") from None
         except Exception as error:  # each storage has exceptions of its own
+            if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+                raise UserError(f"{path}: cannot be read: {error}; mend the permissions or the credentials") from None
             if attempt == ATTEMPTS:
                 raise UserError(
                     f"{path}: cannot be read, after {ATTEMPTS} attempts: {type(error).__name__}: {error}; run the same "
                     "command again when the storage answers"
                 ) from None
-            time.sleep(2 ** (attempt - 1))
+            time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1.5))
     raise AssertionError
 
 

@@ -67,14 +67,25 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of text that each id 0 … vocab_size − 1 stands for; of special tokens, their names'.
+        """The bytes of text that each id 0 … vocab_size − 1 stands for; of special tokens a byte that is in no text.
 
-        Those of a sequence of ids are the text's, but for a space that some tokenizers put before the first word.
+        Those of a sequence of ids are the normalised text's, but for a space that some put before the first word.
+
+        Raises:
+            UserError: the text does not follow from its tokens one by one.
         """
+        if not self._backend.decodes_by_token:
+            raise UserError(
+                "this tokenizer's decoder joins tokens by rules of its own: what a token stands for is unknown"
+            )
         found = [b""] * self.vocab_size
         for token, id in self._backend.vocab.items():
             found[id] = self._backend.bytes_of(token)
         return found
+
+    def normalized(self, text: str) -> str:
+        """The text that the tokens of `text` stand for."""
+        return self._backend.normalized(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, nothing added; the names of special tokens inside a text are encoded as text."""

@@ -9,17 +9,20 @@ from llada_train.checkpoint.reader import naming_another
 from llada_train.checkpoint.restore import load_newest, open_together
 from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
 from llada_train.checkpoint.writer import CheckpointWriter
+from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation
+from llada_train.data.rows import PretrainingData
 from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
+from llada_train.parallel.topology import Topology
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plan_lines, plot_curves, warn
-from llada_train.training.preflight import Inputs, check_phases
+from llada_train.training.preflight import Inputs, check_corpora, check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
@@ -42,6 +45,12 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
     # Longer than the watchdog waits: of a rank that hangs it tells more than a collective that gives up.
     here = topology.initialize(config.parallel, timedelta(seconds=2 * config.training.hang_timeout_seconds))
     try:
+        watchdog.beat("looking into the corpora")
+        with here.failing_together():
+            if here.is_main:  # a few reads of each, which thousands of ranks need not do as well
+                data.check()
+                check_corpora(run, data)
+        _check_the_same(data, here)
         watchdog.beat("building the model")
         engine = Engine(config, here)
         watchdog.beat("reading its weights")
@@ -81,6 +90,23 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
     finally:
         topology.shutdown()
     return 0 if complete else STOPPED_EXIT_CODE
+
+
+def _check_the_same(data: PretrainingData, here: Topology) -> None:
+    """All ranks have to see the same files, or each would read an order of its own; collective.
+
+    Raises:
+        UserError: a rank sees others than rank 0 does; on all ranks.
+    """
+    expected = topology.broadcast(data.files)
+    with here.failing_together():
+        for corpus, ours, theirs in zip(data.corpora, data.files, expected, strict=True):
+            if list(ours.values()) != list(theirs.values()):
+                then = sum(tokens for tokens, _ in theirs.values())
+                raise UserError(
+                    f"{corpus.prefix}: {len(ours)} files with {corpus.num_tokens:,} tokens on rank {here.rank}, "
+                    f"{len(theirs)} with {then:,} on rank 0; give every machine the same files"
+                )
 
 
 def _draw_curves(run_dir: Path) -> None:

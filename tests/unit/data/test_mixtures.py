@@ -111,7 +111,7 @@ def test_the_plan_of_a_run_that_changes(opened: Callable[..., PretrainingData], 
         ({"data__corpora": [{"path": "a", "tokens": 5}]}, "their tokens add up to 5, but the run is 5,120 long"),
         ({"data__corpora": [{"path": "a", "tokens": 0}]}, "every weight is 0"),
         ({"data__corpora": [{"path": "a", "tokens": -1}]}, "greater than or equal to 0"),
-        ({"data__temperature": 0}, "data.temperature.*greater than 0"),
+        ({"data__temperature": 0}, "data.temperature.*greater than or equal to 0.1"),
         ({"data__corpora": [{"path": "a"}, {"path": "./a"}]}, "a is listed more than once"),
         (
             {
@@ -203,12 +203,12 @@ def test_every_block_is_found_where_it_comes(sizes: list[int], weights: list[lis
     for corpus, size in enumerate(sizes):
         for block in range(size):
             here = np.flatnonzero((place.corpus == corpus) & (place.block == block)).tolist()
-            expected = [(b, int(place.epoch[b])) for b in here]
-            assert list(order.occurrences(corpus, block, blocks)) == expected
+            assert list(order.occurrences(corpus, block, blocks)) == here
+            assert len({int(place.epoch[b]) for b in here}) == len(here)
 
 
 def test_the_way_back_at_ten_trillion_tokens() -> None:
     order = Order([10**9, 3 * 10**8], [(0, [3, 1]), (10**9, [1, 2])], seed=3)
     place = order.locate([2_400_000_000, 5, 999_999_999])
-    for block, corpus, epoch, of in zip([2_400_000_000, 5, 999_999_999], *place, strict=True):
-        assert (block, int(epoch)) in list(order.occurrences(int(corpus), int(of), 2_441_406_250))
+    for block, corpus, of in zip([2_400_000_000, 5, 999_999_999], place.corpus, place.block, strict=True):
+        assert block in list(order.occurrences(int(corpus), int(of), 2_441_406_250))
