@@ -12,7 +12,7 @@ import typer
 
 from data_tools import corpus_cli
 from data_tools.cleaning import cli as cleaning
-from data_tools.options import Inputs, Overwrite, TextKey, Workers, report_rejected, warn
+from data_tools.options import Inputs, Overwrite, TextKey, Workers, printable, report_rejected, warn
 from llada_train.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -198,7 +198,9 @@ def trace_command(
 
     if (step is None) == (find is None) or find == "":
         raise UserError("trace: give either --step N or --find TEXT")
-    settings, data = open_run(config, overrides or [])
+    if (rank is None) != (processes is None) or (rank is not None and step is None):
+        raise UserError("trace: --rank and --processes say together whose rows of --step are shown")
+    settings, data = open_run(config, overrides or [], processes)
     if step is not None:
         rows = trace(settings, data, step, place(settings, rank, processes))
         if as_json:
@@ -206,10 +208,9 @@ def trace_command(
         else:
             _print_rows(step, data, list(rows))
         return
-    item_size = 4  # bytes of a token, more or less; the bar is in bytes
-    found = 0
-    with ByteProgress(item_size * sum(corpus.num_tokens for corpus in data.corpora)) as progress:
-        for use in find_uses(data, str(find), lambda tokens: progress.update(item_size * tokens)):
+    found, size = 0, max(corpus.dtype.itemsize for corpus in data.corpora)
+    with ByteProgress(size * sum(corpus.num_tokens for corpus in data.corpora)) as progress:
+        for use in find_uses(settings, data, str(find), lambda tokens: progress.update(size * tokens)):
             found += 1
             if as_json:
                 _print_json([use])
@@ -221,7 +222,8 @@ def trace_command(
                 flush=True,
             )
     if not found:
-        raise UserError(f"no document of {len(data.corpora)} corpora holds {find!r}")
+        print(f"no document of {len(data.corpora)} corpora holds {find!r}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _print_json(records: "Iterable[DataclassInstance]") -> None:
@@ -254,7 +256,7 @@ def _print_rows(step: int, data: "PretrainingData", rows: "Sequence[TracedRow]")
             f"{row.length:,}",
             f"{row.t:.4f}",
             f"{row.masked:,}",
-            escape(row.text[:48].replace("\n", "⏎")) + ("…" if len(row.text) > 48 else ""),
+            escape(printable(row.text[:48])) + ("…" if len(row.text) > 48 else ""),
         )
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 

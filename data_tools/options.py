@@ -28,5 +28,10 @@ def report_rejected(sources: "Sources") -> None:
         warn(f"left out, {reason}: {count:,}, the first in {sources.first_rejected[reason]}")
 
 
+def printable(text: str) -> str:
+    """In one line, and without what would steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def warn(message: str) -> None:
     typer.secho(f"warning: {message}", fg="yellow", err=True)

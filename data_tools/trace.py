@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llada_train.checkpoint.store import FOLDER, newest_manifest
 from llada_train.config.errors import UserError
-from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.corpus import Corpus
 from llada_train.data.place import ALONE, Place, place_of
-from llada_train.data.rows import PretrainingData, Stretch
+from llada_train.data.rows import PretrainingData
 from llada_train.objective.forward_process import training_noise
+from llada_train.training.preflight import check_corpora, open_inputs
 
 CHUNK = 1 << 18  # tokens that are searched at once
 
@@ -42,7 +41,7 @@ class TracedRow:
 
 @dataclass(frozen=True)
 class DocumentUse:
-    """One document that holds a text, and the steps that read some of it; one after the other, by epoch."""
+    """One document that holds a text, and the steps that read some of it, in order."""
 
     corpus: str
     document: int
@@ -51,41 +50,36 @@ class DocumentUse:
     steps: list[int]
 
 
-def open_run(config_file: Path, overrides: Sequence[str] = ()) -> tuple[Config, PretrainingData]:
+def open_run(
+    config_file: Path, overrides: Sequence[str] = (), processes: int | None = None
+) -> tuple[Config, PretrainingData]:
     """The data of a config, in the order of its run: as its newest checkpoint records it, if there is one.
 
     Raises:
-        UserError: config, data or checkpoint are at fault.
+        UserError: config, data or checkpoint are at fault, or they are not those of the run.
     """
-    config = load_config(config_file, overrides)
-    data = PretrainingData(config)
-    found = newest_manifest(config.run_dir / FOLDER)
-    if found is None:
-        return config, data
-    progress = found[1].progress
-    return config, data.at(data.timeline_after(progress.phases, progress.consumed_samples))
+    inputs = open_inputs(config_file, overrides, processes, accept_config_changes=True)
+    check_corpora(inputs.run, inputs.data)
+    data, progress = inputs.data, inputs.run.progress
+    if progress is not None:
+        data = data.at(data.timeline_after(progress.phases, progress.consumed_samples))
+    return inputs.config, data
 
 
 def place(config: Config, rank: int | None, processes: int | None) -> Place:
     """Of one rank; None: of all together.
 
     Raises:
-        UserError: there is no such rank, or the processes do not fit the layout.
+        UserError: there is no such rank.
     """
-    if rank is None:
+    if rank is None or processes is None:
         return ALONE
-    together = config.parallel.processes_per_row
-    if processes is None:
-        raise UserError("--rank: which rows a rank reads hangs on how many there are; give --processes as well")
-    if processes % together or not 0 <= rank < processes:
-        raise UserError(
-            f"--rank {rank} of --processes {processes}: ranks are 0 to {processes - 1}, and the config's layout takes "
-            f"a multiple of {together} processes"
-        )
+    if rank >= processes:
+        raise UserError(f"--rank {rank}: the ranks of {processes} processes are 0 to {processes - 1}")
     return place_of(rank, processes, config.parallel)
 
 
-def trace(config: Config, data: PretrainingData, step: int, of: Place = ALONE) -> Iterator[TracedRow]:
+def trace(config: Config, data: PretrainingData, step: int, where: Place = ALONE) -> Iterator[TracedRow]:
     """The rows that a place reads in step 1, 2, … of the run.
 
     Raises:
@@ -94,13 +88,12 @@ def trace(config: Config, data: PretrainingData, step: int, of: Place = ALONE) -
     timeline = data.timeline
     try:
         first_sample = timeline.first_sample(step)
-    except IndexError:
-        last = timeline.step(timeline.end_samples - 1)
-        raise UserError(f"--step {step}: the run has the steps 1 to {last}") from None
+    except IndexError as error:
+        raise UserError(f"--step {step}: {error}") from None
     phase = timeline.phase(first_sample)
     size = phase.global_batch_size
     noise = training_noise(config.seed, first_sample, size, phase.sequence_length, config.objective)
-    samples = of.samples(first_sample, size)
+    samples = where.samples(first_sample, size)
     rows = zip(samples, data.training_stretches(samples), data.training_rows(samples), strict=True)
     for sample, stretch, tokens in rows:
         i = sample - first_sample
@@ -109,7 +102,7 @@ def trace(config: Config, data: PretrainingData, step: int, of: Place = ALONE) -
             sample=sample,
             corpus=data.names[stretch.corpus],
             epoch=stretch.epoch,
-            documents=_documents(data.corpora[stretch.corpus], stretch),
+            documents=_documents(data.corpora[stretch.corpus], stretch.start, stretch.start + length),
             length=length,
             t=float(noise.mask_probability[i]),
             masked=int(noise.mask(i).sum()),
@@ -117,43 +110,56 @@ def trace(config: Config, data: PretrainingData, step: int, of: Place = ALONE) -
         )
 
 
-def _documents(corpus: Corpus, stretch: Stretch) -> list[DocumentPart]:
+def _documents(corpus: Corpus, start: int, stop: int) -> list[DocumentPart]:
+    """Of tokens [start, stop) of a corpus."""
     parts = []
-    number, place = corpus.document_at(stretch.start), stretch.start
-    while place < stretch.stop:
-        start, end = corpus.document_start(number), corpus.document_start(number + 1)
-        if end > place:  # not an empty document
-            parts.append(DocumentPart(number, place - start, min(end, stretch.stop) - place))
-            place = min(end, stretch.stop)
+    number = corpus.document_at(start)
+    while start < stop:
+        first, end = corpus.document_start(number), corpus.document_start(number + 1)
+        if end > start:  # not an empty document
+            parts.append(DocumentPart(number, start - first, min(end, stop) - start))
+            start = min(end, stop)
         number += 1
     return parts
 
 
 def find(
-    data: PretrainingData, text: str, on_progress: Callable[[int], None] = lambda tokens: None
+    config: Config, data: PretrainingData, text: str, on_progress: Callable[[int], None] = lambda tokens: None
 ) -> Iterator[DocumentUse]:
     """The documents of all corpora that hold a text, as each is found; `on_progress` gets the tokens searched so far.
 
+    The text is looked for as the tokenizer normalises it.
+
     Raises:
-        UserError: a corpus cannot be read.
+        UserError: a corpus cannot be read, or the tokens do not tell the text's bytes.
     """
     searched = 0
+    wanted = data.tokenizer.normalized(text).encode()
     for c, corpus in enumerate(data.corpora):
-        seen = -1
-        for token in _search(data, corpus, text.encode(), partial(_add, on_progress, searched)):
+        end = 0  # of the last document found
+        for token in _search(data, corpus, wanted, partial(_add, on_progress, searched)):
+            if token < end:
+                continue
             number = corpus.document_at(token)
-            if number > seen:
-                seen = number
-                start, end = corpus.document_start(number), corpus.document_start(number + 1)
-                steps = [data.timeline.step(sample) for sample, _ in data.uses(c, start, end)]
-                yield DocumentUse(
-                    corpus=data.names[c],
-                    document=number,
-                    tokens=end - start,
-                    held_out=number >= data.trained_documents(c),
-                    steps=sorted({step for step in steps if step is not None}),
-                )
+            start, end = corpus.document_start(number), corpus.document_start(number + 1)
+            steps = {data.timeline.step(sample) for sample in _reading(config, data, c, start, end)}
+            yield DocumentUse(
+                corpus=data.names[c],
+                document=number,
+                tokens=end - start,
+                held_out=number >= data.trained_documents(c),
+                steps=sorted(step for step in steps if step is not None),
+            )
         searched += corpus.num_tokens
+
+
+def _reading(config: Config, data: PretrainingData, corpus: int, start: int, stop: int) -> Iterator[int]:
+    """The samples that read some of tokens [start, stop) of a corpus: not those whose row is cut before them."""
+    for sample in data.uses(corpus, start, stop):
+        (stretch,) = data.training_stretches([sample])
+        noise = training_noise(config.seed, sample, 1, stretch.stop - stretch.start, config.objective)
+        if stretch.start + int(noise.lengths[0]) > start:
+            yield sample
 
 
 def _add(on_progress: Callable[[int], None], before: int, tokens: int) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llada_train.cluster import commands as cluster
 from llada_train.config.errors import UserError
 
 USER_ERROR_EXIT_CODE = 2
@@ -29,6 +30,10 @@ convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints to and fro
 app.add_typer(convert, name="convert")
 checkpoint = typer.Typer(no_args_is_help=True, help="List, verify and thin out the checkpoints of a run.")
 app.add_typer(checkpoint, name="checkpoint")
+for command in (cluster.submit, cluster.status, cluster.doctor):
+    app.command()(command)
+app.add_typer(cluster.array, name="array")
+app.add_typer(cluster.job, name="job")
 
 
 class Precision(StrEnum):
@@ -56,26 +61,31 @@ def pretrain(
 ) -> None:
     """Pre-train a model; run the same command again to go on after a stop.
 
-    Alone, under torchrun, or with --processes N. SIGTERM, SIGUSR1 or Ctrl-C ends the run after the step in hand with a
-    checkpoint and exit code 75; a finished run exits with 0, a mistake in config, data or environment with 2, one that
-    hangs (training.hang_timeout_seconds) with 70.
+    Alone, under torchrun, by submit, or with --processes N. SIGTERM, SIGUSR1 or Ctrl-C ends it after the step in hand,
+    with a checkpoint and exit code 75; a finished run exits with 0, a mistake in config, data or environment with 2,
+    one that hangs (training.hang_timeout_seconds) with 70.
 
     Example: llada-train pretrain configs/pretrain/demo.yaml training.micro_batch_size=4 --processes 2
     """
     if processes is not None:
         from llada_train.parallel.launch import launch_local, own_command
-        from llada_train.training.preflight import open_inputs
+        from llada_train.training.preflight import check_content, open_inputs
 
         # Every problem is told once, before anything starts.
-        run_folder = open_inputs(config, overrides or [], processes, accept_config_changes).run
-        run_folder.prepare()
-        run_folder.release()  # to the first of the processes
+        inputs = open_inputs(config, overrides or [], processes, accept_config_changes)
+        check_content(inputs)
+        inputs.run.prepare()
+        inputs.run.release()  # to the first of the processes
         flags = ["--accept-config-changes"] if accept_config_changes else []
         raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or []), *flags])))
     from llada_train.training.signals import StopRequest
 
     stop = StopRequest()
-    from llada_train.parallel.launch import world_size
+    from llada_train.parallel.launch import adopt_place, world_size
+    from llada_train.training.journal import StartTimes
+
+    start = StartTimes.of_this_process()
+    adopt_place()
     from llada_train.training.preflight import open_inputs
 
     # A mistake is told before the slow imports.
@@ -88,7 +98,7 @@ def pretrain(
     with Watchdog(inputs.config.training.hang_timeout_seconds, int(os.environ.get("RANK", "0"))) as watchdog:
         from llada_train.training.pretrain import pretrain as run
 
-        raise typer.Exit(run(inputs, stop, watchdog))
+        raise typer.Exit(run(inputs, stop, watchdog, start))
 
 
 @convert.command("to-hf")
@@ -182,6 +192,7 @@ def sample(
 def evaluate(
     source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder (its newest) or a step-*.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead.")] = None,
 ) -> None:
     """Bound on the held-out documents, against unigram and bigram models of the same tokens."""
     from llada_train.checkpoint.reader import open_verified
@@ -195,8 +206,14 @@ def evaluate(
     data = PretrainingData(config)
     with _progress("bound on held-out rows") as advance:
         report = held_out_report(lambda ids: plain(ids).logits, data, config, advance)
+    text = json.dumps(dataclasses.asdict(report), indent=2)
+    if output is not None:
+        temporary = output.with_name(f"{output.name}.tmp")
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+        temporary.replace(output)
+        return
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        typer.echo(text)
         return
     from rich.console import Console
     from rich.table import Table

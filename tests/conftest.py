@@ -5,7 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from hypothesis import settings
 from ruamel.yaml import YAML
 
 if TYPE_CHECKING:
+    from cluster import Cluster
     from matrix import Matrix
 
     from llada_train.config.schema import Config
@@ -135,6 +137,20 @@ def matrices(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         tiny_data, folder, objective=OBJECTIVE, training__global_batch_size=GLOBAL_BATCH_SIZE, **model
     )
     return {precision: Matrix(config, precision, folder / precision) for precision in TOLERANCE}
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator["Cluster"]:
+    """A SLURM of two nodes; its tests are skipped where it cannot be had, and say why."""
+    from cluster import CannotBeHadError, running
+
+    # Not under pytest's own folders: munge's socket needs a short path that others may enter.
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        try:
+            with running(Path(folder) / "cluster") as cluster:
+                yield cluster
+        except CannotBeHadError as reason:
+            pytest.skip(f"no SLURM here: {reason}")
 
 
 @pytest.fixture

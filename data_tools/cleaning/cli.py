@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from data_tools.options import Inputs, Overwrite, TextKey, Workers, report_rejected
+from data_tools.options import Inputs, Overwrite, TextKey, Workers, printable, report_rejected
 from llada_train.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _show(report: "Report", sources: "Sources", output: Path | None) -> None:
     verb = "removed" if output is not None else "contaminated"
     for rule, counts in removed.items():
         for sample in counts.samples[:1]:
-            shown = "".join(c if c.isprintable() else " " for c in sample.text[:SHOWN])
+            shown = printable(sample.text[:SHOWN])
             text = " ".join(shown.split())
             typer.echo(f"{verb}, {rule}: document {sample.document} ({sample.why}): {text}", err=True)
     rows = [

@@ -1,9 +1,9 @@
 """YAML file + `key=value` overrides → a checked Config, or one error that lists every problem with its place."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -18,38 +18,59 @@ Location = tuple[int | str, ...]
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
+    """Read the config of a run; `world_size`, where known, is checked against the parallel sizes.
+
+    Raises:
+        UserError: as `load`.
+    """
+
+    def rules(config: Config) -> list[tuple[str, str]]:
+        found = cross_section_problems(config)
+        if world_size is None:
+            return found
+        told = {key for key, _ in found}
+        return found + [rule for rule in check_world_size(config, world_size) if rule[0] not in told]
+
+    return load(Config, path, overrides, rules)
+
+
+Root = TypeVar("Root", bound=BaseModel)
+
+
+def load(
+    root: type[Root],
+    path: Path,
+    overrides: Sequence[str] = (),
+    rules: Callable[[Root], list[tuple[str, str]]] = lambda config: [],
+) -> Root:
     """Read a config file, apply dotted overrides (`training.micro_batch_size=2`), and check everything at once.
 
     A section may name another YAML file: in a config file relative to that file (`model: ../model/llada_8b.yaml`), in
-    an override relative to the working directory. `world_size`, where known, is checked against the parallel sizes.
+    an override relative to the working directory. `rules` finds the faults that only several sections together show.
 
     Raises:
         UserError: the file cannot be read, or any setting is wrong; all problems are listed.
     """
     tree = _read_yaml(path)
     sources: dict[str, Path] = {}
-    _include(tree, path.parent, sources)
+    _include(root, tree, path.parent, sources)
     overridden: set[Location] = set()
     problems: list[str] = []
     for text in overrides:
         try:
             overridden.add(_override(tree, text))
-            from_file = _include(tree, Path(), sources)
+            from_file = _include(root, tree, Path(), sources)
             overridden = {key for key in overridden if key[0] not in from_file}
         except _OverrideError as error:
             problems.append(f"override {text!r}: {error}")
     found: list[tuple[Location, str]] = []
-    config: Config | None = None
+    config: Root | None = None
     try:
-        config = Config.model_validate(tree)
+        config = root.model_validate(tree)
     except ValidationError as error:
-        found = [_describe(dict(e)) for e in error.errors()]
+        found = [_describe(root, dict(e)) for e in error.errors()]
     if config is not None:
-        rules = cross_section_problems(config)
-        if world_size is not None:
-            told = {key for key, _ in rules}
-            rules += [rule for rule in check_world_size(config, world_size) if rule[0] not in told]
-        found = [(tuple(key.split(".")), message) for key, message in rules]
+        found = [(tuple(key.split(".")), message) for key, message in rules(config)]
     problems += [f"{_place(tree, path, sources, overridden, loc)}: {message}" for loc, message in found]
     if config is None or problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -57,8 +78,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), world_size: int | Non
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config, every default spelled out, as YAML that `load_config` reads back unchanged."""
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write the resolved config, every default spelled out, as YAML that `load` reads back unchanged."""
     with path.open("w", encoding="utf-8") as file:
         YAML(typ="rt").dump(config.model_dump(mode="json"), file)
 
@@ -93,11 +114,11 @@ class _OverrideError(Exception):
     """What is wrong with one override."""
 
 
-def _include(tree: CommentedMap, base: Path, sources: dict[str, Path]) -> set[str]:
+def _include(root: type[BaseModel], tree: CommentedMap, base: Path, sources: dict[str, Path]) -> set[str]:
     """Read the sections that are given as the path of a YAML file, and return them; `sources` remembers their files."""
     included = set()
     for key, value in tree.items():
-        if isinstance(value, str) and value.endswith((".yaml", ".yml")) and _section_of(key) is not None:
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")) and _section_of(key, root) is not None:
             sources[key] = base / value
             tree[key] = _read_yaml(base / value)
             included.add(key)
@@ -152,12 +173,12 @@ def _key(node: Any, part: str) -> int | str:
     return int(part)
 
 
-def _describe(error: dict[str, Any]) -> tuple[Location, str]:
+def _describe(root: type[BaseModel], error: dict[str, Any]) -> tuple[Location, str]:
     loc: Location = error["loc"]
     if error["type"] == "rule":
         return (*loc, *error["ctx"]["key"].split(".")), error["ctx"]["message"]
     if error["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
+        known = _known_keys(root, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return loc, f"unknown key; {hint}"
@@ -175,16 +196,16 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else repr(value)
 
 
-def _known_keys(loc: Location) -> list[str]:
+def _known_keys(root: type[BaseModel], loc: Location) -> list[str]:
     """The keys that the section at `loc` accepts."""
-    section: type[BaseModel] = Config
+    section = root
     for part in loc:
         if isinstance(part, str):
             section = _section_of(part, section) or section
     return list(section.model_fields)
 
 
-def _section_of(key: Any, parent: type[BaseModel] = Config) -> type[BaseModel] | None:
+def _section_of(key: Any, parent: type[BaseModel]) -> type[BaseModel] | None:
     """The type of `parent`'s section, or list of sections, called `key`; None: it is a plain setting, or unknown."""
     field = parent.model_fields.get(key)
     annotation: Any = field.annotation if field else None

@@ -62,6 +62,12 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
         f"data.sequence_length {length}{f' ÷ context_parallel {cp}' if cp > 1 else ''} is not divisible by "
         f"tensor_parallel {tp}; make the length a multiple of {cp * tp}, or set this to false",
     )
+    held_out = sum(corpus.validation_documents > 0 for corpus in config.data.corpora)
+    check(
+        config.validation.sequences >= held_out,
+        "validation.sequences",
+        f"{config.validation.sequences} rows are not one for each of the {held_out} corpora that hold documents out",
+    )
     for key, length in config.lengths.items():
         check(
             length <= model.max_sequence_length,

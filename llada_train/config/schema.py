@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e18)]
 # Paths are told apart as they are spelled, but for ./ and //, which a URL needs.
 CorpusPath = Annotated[str, Field(min_length=1), AfterValidator(lambda p: p if "://" in p else str(Path(p)))]
 
@@ -68,7 +69,7 @@ class CorpusConfig(Section):
         description="prefix of the files, or a pattern (*, ?, [...]) of prefixes whose files are one corpus, in the "
         "order of their names; a path, or a URL that fsspec reads (s3://bucket/prefix)"
     )
-    weight: NonNegativeFloat = Field(default=1.0, description="share of the tokens; 0: none, until the schedule says")
+    weight: Weight = Field(default=1.0, description="share of the tokens; 0: none, until the schedule says")
     tokens: NonNegativeInt | None = Field(
         default=None, description="in place of weight, for all corpora: how many of the run's nominal tokens are its"
     )
@@ -96,7 +97,7 @@ class DataConfig(Section):
         "only their own document, and positions begin again with each",
     )
     corpora: Annotated[list[CorpusConfig], Field(min_length=1)]
-    temperature: Annotated[float, Field(gt=0)] | None = Field(
+    temperature: Annotated[float, Field(ge=0.1)] | None = Field(
         default=None,
         description="shares are weight × (tokens of the corpus)^(1/temperature); 1: in proportion to size; "
         "none: weights alone",
@@ -283,7 +284,7 @@ class Change(Section):
     from_tokens: PositiveInt = Field(description="nominal tokens since the start of the run")
     global_batch_size: PositiveInt | None = None
     sequence_length: PositiveInt | None = None
-    weights: dict[CorpusPath, NonNegativeFloat] = Field(
+    weights: dict[CorpusPath, Weight] = Field(
         default={}, description="of corpora by their path; those that are not named keep theirs"
     )
 

@@ -3,20 +3,22 @@
 PREFIX.json, the manifest, is ours; corpora made by Megatron's tools have none.
 """
 
+import contextlib
+import fcntl
 import glob
 import hashlib
 import os
 import struct
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +29,10 @@ from llada_train.data.indexed import CHUNK, DTYPE_CODES, HEADER, MAGIC, MAX_SEQU
 from llada_train.data.storage import exists, is_remote, matches, open_file
 
 SAMPLED_PLACES, SAMPLED_LENGTH = 16, 1024  # of a corpus, looked at when it is opened
-OPENED_AT_ONCE = 32  # requests to a remote storage
+AT_ONCE = 32  # requests to a remote storage
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 class Checksums(BaseModel):
@@ -113,18 +118,31 @@ class CorpusWriter:
             raise ValueError(f"no integer dtype of Megatron's format: {self.dtype}")
 
     def __enter__(self) -> Self:
-        """
+        """Waits for another process that writes the same corpus.
+
         Raises:
             UserError: the folder cannot be made or written to.
         """
         folder = self.prefix.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._bin = self._partial(".bin").open("wb")
+            self._bin = self._open_alone()
             self._lengths = TemporaryFile(dir=folder)
         except OSError as error:
             raise UserError(f"{self.prefix}: cannot be written: {error.strerror}") from None
         return self
+
+    def _open_alone(self) -> BinaryIO:
+        """Two that write one file at once would leave a file of neither."""
+        path = self._partial(".bin")
+        while True:
+            file = path.open("ab")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else the other has just given it its name
+                    file.truncate(0)
+                    return file
+            file.close()
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append one document of token ids [n].
@@ -171,14 +189,17 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        committed = False
         try:
             if kind is None:
                 self._commit()
+                committed = True
         finally:
+            if not committed:  # else what has these names now is another's
+                for suffix in (".idx", ".bin"):
+                    self._partial(suffix).unlink(missing_ok=True)
             self._lengths.close()
             self._bin.close()
-            for suffix in (".bin", ".idx"):
-                self._partial(suffix).unlink(missing_ok=True)
 
     def _partial(self, suffix: str) -> Path:
         return _with_suffix(self.prefix, f"{suffix}.partial")
@@ -226,8 +247,8 @@ class Corpus:
     """A corpus on disk or in a remote storage: one stream of tokens, cut into documents.
 
     `prefix` may be a pattern with `*`, `?` or `[…]`: the files that fit it, in the order of their names, are then one
-    stream. Opening reads a few pages at any size. Files stay open, so that a corpus that is removed under a run goes on
-    being read.
+    stream. Opening reads a few pages at any size. Local files stay open, so that a corpus that is removed under a run
+    goes on being read.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -236,37 +257,41 @@ class Corpus:
             UserError: a file is missing, truncated, of another format, or the two do not belong together.
         """
         self.prefix = str(prefix)
-        prefixes = _prefixes(self.prefix)
-        # Where opening is waiting for an answer, many are asked at once.
-        with ThreadPoolExecutor(OPENED_AT_ONCE if is_remote(self.prefix) else 1) as pool:
-            self._files = list(pool.map(IndexedFile, prefixes))
+        self.remote = is_remote(self.prefix)
+        opened = self._at_once(lambda path: (file := IndexedFile(path), _manifest(file)), _prefixes(self.prefix))
+        self._files = [file for file, _ in opened]
+        self.manifests = {file.prefix: manifest for file, manifest in opened if manifest is not None}
+        """Those that there are, by the prefix of their file."""
         self._token_ends = list(accumulate(file.num_tokens for file in self._files))
         self._document_ends = list(accumulate(file.num_documents for file in self._files))
         self.num_tokens, self.num_documents = self._token_ends[-1], self._document_ends[-1]
         self.dtype = np.result_type(*(file.dtype for file in self._files))
-        self.remote = is_remote(self.prefix)
 
-    @cached_property
+    @property
+    def files(self) -> dict[str, tuple[int, int]]:
+        """The files that it consists of, in order: prefix → (tokens, documents)."""
+        return {file.prefix: (file.num_tokens, file.num_documents) for file in self._files}
+
+    @property
     def manifest(self) -> Manifest | None:
         """PREFIX.json, of several files the sum of theirs; None if one has none.
 
         Raises:
-            UserError: one is broken, describes another corpus, or was made with another tokenizer than the others.
+            UserError: one was made with another tokenizer than the others.
         """
-        found = [manifest for file in self._files if (manifest := _manifest(file)) is not None]
-        first = found[0] if found else None
-        for file, manifest in zip(self._files, found, strict=False):
-            if first is not None and manifest.made_with != first.made_with:
+        found = list(self.manifests.values())
+        for prefix, manifest in self.manifests.items():
+            if manifest.made_with != found[0].made_with:
                 raise UserError(
-                    f"{file.prefix}: was not tokenized like {self._files[0].prefix}, which {self.prefix} takes for a "
+                    f"{prefix}: was not tokenized like {next(iter(self.manifests))}, which {self.prefix} takes for a "
                     "part of the same corpus; tokenize it again, or give two corpora"
                 )
-        if first is None or len(found) < len(self._files):
+        if len(found) < len(self._files):
             return None
         sums = {key: sum(getattr(manifest, key) for manifest in found) for key in ("documents", "tokens", "text_bytes")}
         rejected = sum((Counter(manifest.rejected) for manifest in found), Counter[str]())
-        one = first.checksums if len(found) == 1 else None
-        return first.model_copy(update={**sums, "rejected": dict(rejected), "checksums": one})
+        one = found[0].checksums if len(found) == 1 else None
+        return found[0].model_copy(update={**sums, "rejected": dict(rejected), "checksums": one})
 
     @cached_property
     def identity(self) -> "CorpusIdentity":
@@ -278,6 +303,7 @@ class Corpus:
         digest = hashlib.sha256()
         for tokens in self.sample:
             digest.update(tokens.astype("<i8").tobytes())
+        digest.update(np.array([self.document_start(i) for i in self._spread_documents], "<i8").tobytes())
         return CorpusIdentity(tokens=self.num_tokens, documents=self.num_documents, sampled_sha256=digest.hexdigest())
 
     @cached_property
@@ -307,7 +333,11 @@ class Corpus:
             begins += file.num_tokens
             if begins >= stop:
                 break
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(parts) == 1:
+            return parts[0]
+        joined = np.concatenate(parts)
+        joined.flags.writeable = False
+        return joined
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """`tokens` of each range; from a remote storage many at once.
@@ -315,10 +345,37 @@ class Corpus:
         Raises:
             IndexError, UserError: as `tokens`.
         """
+        return self._at_once(lambda ends: self.tokens(*ends), ranges)
+
+    def _at_once(self, ask: Callable[[Question], Answer], questions: Sequence[Question]) -> list[Answer]:
+        """`ask` of each; where the answers come from far, of many at a time."""
         if not self.remote:
-            return [self.tokens(*ends) for ends in ranges]
-        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-            return list(pool.map(lambda ends: self.tokens(*ends), ranges))
+            return [ask(question) for question in questions]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(ask, questions))
+
+    @property
+    def _spread_documents(self) -> list[int]:
+        last = self.num_documents - 1
+        return sorted({last * i // (SAMPLED_PLACES - 1) for i in range(SAMPLED_PLACES)})
+
+    @property
+    def sampled_documents(self) -> list[int]:
+        """Some documents, spread evenly, and the last one of each file."""
+        return sorted({*self._spread_documents, *(end - 1 for end in self._document_ends if end)})
+
+    def document_ends(self, documents: Sequence[int]) -> list[int | None]:
+        """The last token of each document; None of an empty one.
+
+        Raises:
+            UserError: as `tokens`.
+        """
+
+        def end_of(i: int) -> int | None:
+            start, end = self.document_start(i), self.document_start(i + 1)
+            return int(self.tokens(end - 1, end)[0]) if end > start else None
+
+        return self._at_once(end_of, documents)
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of document i, its EOS included, read-only.
@@ -356,7 +413,9 @@ class Corpus:
 
 def _prefixes(prefix: str) -> list[str]:
     """The files that a prefix or pattern stands for."""
-    if not glob.has_magic(prefix):
+    if is_remote(prefix) and "?" in prefix:
+        raise UserError(f"{prefix}: a URL with a query has no place for .bin and .idx; give one without")
+    if not glob.has_magic(prefix) or exists(f"{prefix}.idx"):
         return [prefix]
     found = [path.removesuffix(".idx") for path in matches(prefix + ".idx")]
     if not found:

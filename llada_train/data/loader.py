@@ -173,14 +173,16 @@ def validation(data: PretrainingData, config: Config, place: Place = ALONE) -> V
     Rows without masks (sample_index -1) fill up, so that every rank has the same number of batches of the same shape.
     Over all ranks, Σ weight · NLL estimates the bound in nats per token.
     """
-    tokens = data.validation_rows
+    total = sum(data.validation_counts)
     multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
-    rows_per_rank = -(-len(tokens) // (place.data_parallel_size * multiple)) * multiple
+    rows_per_rank = -(-total // (place.data_parallel_size * multiple)) * multiple
     noise = validation_noise(config.seed, data.validation_counts, data.sequence_length, config.objective.epsilon)
     length = data.sequence_length
     filler = Row(FILLER, np.full(length, data.tokenizer.eos_id), np.zeros(length, bool), 1.0, 0.0, (length,))
-    indices = range(place.data_parallel_rank * rows_per_rank, (place.data_parallel_rank + 1) * rows_per_rank)
-    rows = [_row(tokens[i], noise, i, data) if i < len(tokens) else filler for i in indices]
+    first = place.data_parallel_rank * rows_per_rank
+    own = range(min(first, total), min(first + rows_per_rank, total))
+    rows = [_row(tokens, noise, i, data) for i, tokens in zip(own, data.read_validation_rows(own), strict=True)]
+    rows += [filler] * (rows_per_rank - len(own))
     return Validation(
         batches=_micro_batches(rows, length, data.tokenizer, config, place),
         t=noise.mask_probability,

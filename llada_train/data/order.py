@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from llada_train.objective.keyed import Purpose
 
-QUANTA = 1 << 16  # weights are multiples of 1/QUANTA
+QUANTA = 1 << 20  # weights are multiples of 1/QUANTA
 ROUNDS = 8
 MAX_SIZE = 1 << 62
 
@@ -84,7 +84,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Mixture:
     """Interleaves corpora by weight, without state.
 
-    The weights are rounded to k_c / 2^16, each k_c at least 1 (0 for a weight of 0), and K = Σ k_c blocks make one
+    The weights are rounded to k_c / 2^20, each k_c at least 1 (0 for a weight of 0), and K = Σ k_c blocks make one
     period, in which corpus c comes exactly k_c times, its j-th time at the place (j + ½) / k_c of the period.
 
     Any prefix of n blocks holds n·w_c blocks of corpus c within ½ + ½·w_c·max(0, C − 2), with w_c = k_c / K and C
@@ -101,8 +101,8 @@ class Mixture:
         if not np.all(np.isfinite(shares)) or shares.min(initial=0) < 0 or not shares.any():
             raise ValueError(f"weights must be finite, none below and one above 0: {list(weights)}")
         self.counts = np.maximum(shares > 0, np.rint(shares / shares.sum() * QUANTA)).astype(np.int64)  # k_c
-        corpus = np.repeat(np.arange(len(self.counts)), self.counts)
-        rank = np.concatenate([np.arange(count) for count in self.counts])
+        corpus = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
+        rank = np.concatenate([np.arange(count, dtype=np.int32) for count in self.counts])
         # Equal fractions are equal floats, division being correctly rounded: ties go to the earlier corpus everywhere.
         places = np.argsort((rank + 0.5) / self.counts[corpus], kind="stable")
         self._corpus, self._rank = corpus[places], rank[places]
@@ -110,7 +110,7 @@ class Mixture:
     def locate(self, g: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """Blocks g [n] → (the corpus of each, the how-manieth block of that corpus it is), both int64 [n]."""
         period, r = np.divmod(np.asarray(g, dtype=np.int64), len(self._corpus))
-        corpus = self._corpus[r]
+        corpus = self._corpus[r].astype(np.int64)
         return corpus, period * self.counts[corpus] + self._rank[r]
 
     def place(self, corpus: int, n: int) -> int:
@@ -182,8 +182,8 @@ class Order:
         counts: np.ndarray = self._before[m] + self._mixtures[m].counts_before(blocks - int(self._starts[m]))
         return counts
 
-    def occurrences(self, corpus: int, block: int, before: int) -> Iterator[tuple[int, int]]:
-        """(block of the run, epoch) wherever a block of a corpus comes among the run's first `before` blocks."""
+    def occurrences(self, corpus: int, block: int, before: int) -> Iterator[int]:
+        """Where among the run's first `before` blocks a block of a corpus comes; in order, once in an epoch."""
         size = int(self._sizes[corpus])
         until = int(self.counts_before(before)[corpus])
         for epoch in range(-(-until // size)):
@@ -191,4 +191,4 @@ class Order:
             if n < until:
                 m = int(np.searchsorted(self._before[:, corpus], n, side="right")) - 1
                 within = self._mixtures[m].place(corpus, n - int(self._before[m, corpus]))
-                yield int(self._starts[m]) + within, epoch
+                yield int(self._starts[m]) + within

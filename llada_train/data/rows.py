@@ -8,10 +8,12 @@ the schedule says. Less than one piece at a stream's end is left out.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +21,12 @@ import numpy.typing as npt
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, CorpusConfig
-from llada_train.data.corpus import Corpus, CorpusIdentity
+from llada_train.data.corpus import Corpus, CorpusIdentity, Manifest
 from llada_train.data.order import BlockIndex, Order
 from llada_train.data.timeline import Phase, Timeline
 from llada_train.data.tokenizer import Tokenizer
 
-SAMPLED_DOCUMENTS = 16  # of each corpus, whose ends are looked at
+OPENED_AT_ONCE = 16  # corpora
 
 
 @dataclass(frozen=True)
@@ -86,18 +88,25 @@ class PretrainingData:
                 f"model.vocab_size {self._vocab_size} is too small: {config.data.tokenizer} has "
                 f"{self.tokenizer.vocab_size} ids; set model.vocab_size to at least that"
             )
-        opened = [self._open(corpus) for corpus in config.data.corpora]
+        # Opening waits for file systems far away, so many are opened at once; which is at fault first is the config's
+        # order all the same.
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            opened = list(pool.map(self._open, config.data.corpora))
         self.corpora = [training.corpus for training, _ in opened]
         self.names = _names([corpus.path for corpus in config.data.corpora])
         self._training = [training for training, _ in opened]
         self._held_out = [held_out for _, held_out in opened]
+        self._check_distinct()
         self._follow(self.timeline_after())
 
     def timeline_after(self, past: Sequence[Phase] = (), consumed_samples: int = 0) -> Timeline:
         """The timeline of a run that recorded the phases `past`; the sizes of the corpora are known here."""
         temperature = self._config.data.temperature
         sizes = [stream.stop - stream.start for stream in self._training]
-        factors = [1.0 if temperature is None else size ** (1 / temperature) for size in sizes]
+        factors = [1.0] * len(sizes)
+        if temperature is not None:
+            # Rounded, since the last bits of a power are the processor's own.
+            factors = [float(f"{(size / max(sizes)) ** (1 / temperature):.12g}") for size in sizes]
         return Timeline(self._config, past, consumed_samples, factors)
 
     def at(self, timeline: Timeline) -> "PretrainingData":
@@ -168,18 +177,21 @@ class PretrainingData:
         ends = np.flatnonzero(tokens == self.tokenizer.eos_id) + 1
         return tuple(np.diff(np.unique([0, *ends.tolist(), len(tokens)])).tolist())
 
-    def uses(self, corpus: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """(sample, epoch) of every row that the run trains on with some of the tokens [start, stop) of a corpus."""
+    def uses(self, corpus: int, start: int, stop: int) -> list[int]:
+        """The samples of the run whose rows hold some of the tokens [start, stop) of a corpus, in order.
+
+        A row that is cut to a random length may end before them.
+        """
         stream, length = self._training[corpus], self.block_length
         first, last = max(start, stream.start) - stream.start, min(stop, stream.stop) - stream.start
         if first >= last:
             return []
         blocks = -(-self.timeline.tokens(self.timeline.end_samples) // length)
-        found = set()
+        found: set[int] = set()
         for block in range(first // length, min(-(-last // length), stream.num_pieces)):
             within = max(first - block * length, 0), min(last - block * length, length)
-            for run_block, epoch in self._order.occurrences(corpus, block, blocks):
-                found |= {(sample, epoch) for sample in self.timeline.samples_of(run_block, *within)}
+            for run_block in self._order.occurrences(corpus, block, blocks):
+                found.update(self.timeline.samples_of(run_block, *within))
         return sorted(found)
 
     def trained_documents(self, corpus: int) -> int:
@@ -209,63 +221,69 @@ class PretrainingData:
         Raises:
             UserError: a token id that the model has no embedding for.
         """
-        rows: list[Stretch] = []
+        return self.read_validation_rows(range(sum(self.validation_counts)))
+
+    def read_validation_rows(self, rows: Sequence[int]) -> np.ndarray:
+        """Some of `validation_rows`, by their numbers: int64 [n, S].
+
+        Raises:
+            UserError: a token id that the model has no embedding for.
+        """
+        stretches: list[Stretch] = []
         for c, (stream, share) in enumerate(zip(self._held_out, self.validation_counts, strict=True)):
             if stream is not None:
                 starts = [stream.start + k * stream.num_pieces // share * stream.piece_length for k in range(share)]
-                rows += [Stretch(c, 0, start, start + stream.piece_length) for start in starts]
-        return self._read(rows) if rows else np.empty((0, self.sequence_length), np.int64)
+                stretches += [Stretch(c, 0, start, start + stream.piece_length) for start in starts]
+        return self._read([stretches[row] for row in rows]) if rows else np.empty((0, self.sequence_length), np.int64)
 
     def check(self) -> None:
         """What training needs of the corpora beyond being there; some reads of each, so that one rank does it for all.
 
         Raises:
             UserError: a few places of a corpus hold ids that the model does not have, a few of its documents do not
-                end in the end-of-text token, or a batch would hold rows of a corpus more than once.
+                end in the end-of-text token, a batch takes more rows of a corpus than it has, or a corpus is to give
+                so few tokens that the mixture cannot.
         """
-        for corpus in self.corpora:
-            for tokens in corpus.sample:
-                self._check_ids(corpus, tokens)
-        self._check_document_ends()
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            list(pool.map(self._check_content, self.corpora))
         for phase in self.timeline.phases:
             self._check_batches(phase)
+        self._check_token_counts()
 
-    def _check_document_ends(self) -> None:
-        eos = self.tokenizer.eos_id
+    @property
+    def files(self) -> list[dict[str, tuple[int, int]]]:
+        """Of each corpus its files with their tokens and documents: what all ranks have to agree on."""
+        return [corpus.files for corpus in self.corpora]
+
+    def _check_distinct(self) -> None:
+        """No file belongs to two corpora: what one holds out, the other would train on."""
+        owners: dict[str, str] = {}
         for corpus in self.corpora:
-            last = corpus.num_documents - 1
-            places = sorted({last * i // (SAMPLED_DOCUMENTS - 1) for i in range(SAMPLED_DOCUMENTS)})
-            ends = [corpus.document_start(i + 1) for i in places]
-            without = [
-                i
-                for i, (token,) in zip(
-                    places, corpus.read([(max(end - 1, 0), max(end, 1)) for end in ends]), strict=True
-                )
-                if token != eos
-            ]
-            if without:
-                raise UserError(
-                    f"{corpus.prefix}: document {without[0]:,} does not end in the end-of-text token {eos} "
-                    f"({len(without)} of {len(places)} looked at do not); tokenize it with `llada-data tokenize`, or "
-                    "with Megatron's tools and --append-eod"
-                )
+            for prefix in corpus.files:
+                file = f"{prefix}.bin" if corpus.remote else str(Path(f"{prefix}.bin").resolve())
+                if owners.setdefault(file, corpus.prefix) != corpus.prefix:
+                    raise UserError(
+                        f"data.corpora: {file} belongs to {owners[file]} and to {corpus.prefix}; give each file once"
+                    )
+
+    def _check_content(self, corpus: Corpus) -> None:
+        for tokens in corpus.sample:
+            self._check_ids(corpus, tokens)
+        eos, documents = self.tokenizer.eos_id, corpus.sampled_documents
+        ends = corpus.document_ends(documents)
+        without = [i for i, token in zip(documents, ends, strict=True) if token not in (eos, None)]
+        if without:
+            raise UserError(
+                f"{corpus.prefix}: document {without[0]:,} does not end in the end-of-text token {eos} "
+                f"({len(without)} of {len(documents)} looked at do not); `llada-data add-eos` gives it to them"
+            )
 
     def _open(self, settings: CorpusConfig) -> tuple[_Stream, _Stream | None]:
         """The training and the held-out stream of one corpus."""
         config = self._config
-        corpus = Corpus(settings.path)
-        manifest, held_out = corpus.manifest, settings.validation_documents
-        if manifest is not None and manifest.tokenizer_fingerprint != self.tokenizer.fingerprint:
-            raise UserError(
-                f"{settings.path}: was not tokenized with {config.data.tokenizer} (fingerprint "
-                f"{manifest.tokenizer_fingerprint[:12]}, the tokenizer's is {self.tokenizer.fingerprint[:12]}); set "
-                "data.tokenizer to the folder it was made with, or tokenize again"
-            )
-        if manifest is not None and manifest.eos_id != self.tokenizer.eos_id:
-            raise UserError(
-                f"{settings.path}: its documents end in token {manifest.eos_id}, but the end-of-text token of "
-                f"{config.data.tokenizer} is {self.tokenizer.eos_id}; mend tokenizer_config.json, or tokenize again"
-            )
+        corpus, held_out = Corpus(settings.path), settings.validation_documents
+        for prefix, manifest in corpus.manifests.items():
+            self._check_tokenizer(prefix, manifest)
         if held_out >= corpus.num_documents:
             raise UserError(
                 f"{settings.path}: validation_documents {held_out} leaves nothing to train on: the corpus has "
@@ -282,8 +300,22 @@ class PretrainingData:
             _check_size(validation, documents, "sequence_length", "raise validation_documents")
         return training, validation
 
+    def _check_tokenizer(self, prefix: str, manifest: Manifest) -> None:
+        tokenizer = self._config.data.tokenizer
+        if manifest.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                f"{prefix}: was not tokenized with {tokenizer} (fingerprint "
+                f"{manifest.tokenizer_fingerprint[:12]}, the tokenizer's is {self.tokenizer.fingerprint[:12]}); set "
+                "data.tokenizer to the folder it was made with, or tokenize again"
+            )
+        if manifest.eos_id != self.tokenizer.eos_id:
+            raise UserError(
+                f"{prefix}: its documents end in token {manifest.eos_id}, but the end-of-text token of "
+                f"{tokenizer} is {self.tokenizer.eos_id}; mend tokenizer_config.json, or tokenize again"
+            )
+
     def _check_batches(self, phase: Phase) -> None:
-        """No batch may hold a row more than once, or its mean is not over what it seems to be."""
+        """Every batch would hold rows of a corpus twice that has fewer of them than a batch takes."""
         total = sum(phase.weights)
         for name, weight, blocks in zip(self.names, phase.weights, self.blocks_per_corpus, strict=True):
             rows = blocks * self.block_length // phase.sequence_length
@@ -293,6 +325,18 @@ class PretrainingData:
                     f"{name}: has {rows:,} rows of {phase.sequence_length} tokens, but every batch of "
                     f"{phase.global_batch_size:,} takes {taken:,.0f} of them: the same row would come more than once "
                     "in one step; use a larger corpus, or lower its weight or the global batch size"
+                )
+
+    def _check_token_counts(self) -> None:
+        """Where tokens are asked for, the mixture gives them, to a hundredth; its shares are fractions of 2^20."""
+        for corpus, plan in zip(self._config.data.corpora, self.plan, strict=True):
+            asked = corpus.tokens or 0
+            step = self.timeline.phase(0).tokens_per_step
+            if asked and abs(plan.run_tokens - asked) > max(asked / 100, step):
+                raise UserError(
+                    f"{corpus.path}: is to give {asked:,} tokens of the run, but the mixture would take "
+                    f"{plan.run_tokens:,}: shares are multiples of a millionth; ask for more, or put it into another "
+                    "corpus"
                 )
 
     def _stretches(self, place: BlockIndex, offset: np.ndarray, length: np.ndarray) -> list[Stretch]:

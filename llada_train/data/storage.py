@@ -4,7 +4,10 @@ Nothing is memory-mapped: a file that is cut under a memory map ends the process
 """
 
 import errno
+import fnmatch
+import glob
 import os
+import random
 import resource
 import time
 import weakref
@@ -44,18 +47,37 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return Path(path).is_file()
     system, inner = _file_system(path)
-    return bool(_patiently(path, lambda: system.isfile(inner)))
+    try:
+        # Not its `isfile`, to which any fault means no.
+        return bool(_patiently(path, lambda: system.info(inner))["type"] == "file")
+    except _NotThereError:
+        return False
 
 
 def matches(pattern: str) -> list[str]:
-    """The paths that fit a pattern with `*`, `?` or `[…]`, sorted.
+    """The paths that fit a pattern with `*`, `?` or `[…]` (of one level each), sorted; no hidden ones.
 
     Raises:
         UserError: the storage cannot be asked.
     """
-    system, inner = _file_system(pattern)
-    found = _patiently(pattern, lambda: system.glob(inner))
-    return sorted(system.unstrip_protocol(path) if is_remote(pattern) else path for path in found)
+    if is_remote(pattern):
+        system, inner = _file_system(pattern)
+        return sorted(system.unstrip_protocol(path) for path in _patiently(pattern, lambda: system.glob(inner)))
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    found = [Path(*parts[:first])]
+    for part in parts[first:]:
+        found = [path for folder in found if folder.is_dir() for path in _entries(folder, part)]
+    return sorted(map(str, found))
+
+
+def _entries(folder: Path, pattern: str) -> list[Path]:
+    """Unlike glob's, not a shorter list where the folder cannot be read."""
+    try:
+        names = fnmatch.filter((path.name for path in folder.iterdir()), pattern)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}; mend its permissions") from None
+    return [folder / name for name in names if not name.startswith(".")]
 
 
 def open_file(path: str) -> File:
@@ -109,7 +131,10 @@ class _RemoteFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._system, self._inner = _file_system(path)
-        self.size = int(_patiently(path, lambda: self._system.info(self._inner)["size"]))
+        size = _patiently(path, lambda: self._system.info(self._inner)["size"])
+        if size is None:
+            raise UserError(f"{path}: its server does not tell its size; use one that does, or copy the file")
+        self.size = int(size)
 
     def read(self, start: int, size: int) -> bytes:
         if not size:
@@ -117,6 +142,8 @@ class _RemoteFile:
         data: bytes = _patiently(self.path, lambda: self._system.cat_file(self._inner, start=start, end=start + size))
         if len(data) < size:
             raise _lost(self.path, f"has no byte {start + len(data):,} any more, of {self.size:,}: it was cut")
+        if len(data) > size:
+            raise UserError(f"{self.path}: its server ignores what range is asked for; use one that does not")
         return data
 
 
@@ -132,20 +159,26 @@ def _file_system(path: str) -> tuple[Any, str]:
     return system, inner
 
 
+class _NotThereError(UserError):
+    """There is no such object."""
+
+
 def _patiently(path: str, ask: Callable[[], Result]) -> Result:
-    """What `ask` returns; a fault that may pass is waited for, longer each time."""
+    """What `ask` returns; a fault that may pass is waited for, longer each time, and not by all ranks alike."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return ask()
-        except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; mend the URL or the credentials") from None
+        except FileNotFoundError as error:
+            raise _NotThereError(f"{path}: cannot be read: {error}; mend the path") from None
         except Exception as error:  # each storage has exceptions of its own
+            if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+                raise UserError(f"{path}: cannot be read: {error}; mend the permissions or the credentials") from None
             if attempt == ATTEMPTS:
                 raise UserError(
                     f"{path}: cannot be read, after {ATTEMPTS} attempts: {type(error).__name__}: {error}; run the same "
                     "command again when the storage answers"
                 ) from None
-            time.sleep(2 ** (attempt - 1))
+            time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1.5))
     raise AssertionError
 
 

@@ -141,7 +141,7 @@ class Timeline:
             if before < step <= before + steps:
                 return phase.first_sample + (step - before - 1) * phase.global_batch_size
             before += steps
-        raise IndexError(f"step {step} of a run of {before}")
+        raise IndexError(f"the run has the steps 1 to {before}")
 
     def step(self, sample: int) -> int | None:
         """The step that reads the sample; None: the run passes over it, or ends before."""

@@ -41,7 +41,7 @@ class Tokenizer:
         """Read a tokenizer folder, or a sentencepiece model.
 
         Raises:
-            UserError: the folder or a file is missing or broken, or there is no mask or EOS token.
+            UserError: the folder or a file is missing or broken, there is no mask or EOS token, or text can produce it.
         """
         files = TokenizerFiles.read(path)
         eos_token, mask_token = files.special_token("eos_token"), files.special_token("mask_token")
@@ -51,6 +51,13 @@ class Tokenizer:
         else:
             assert files.sentencepiece is not None
             backend = files.sentencepiece
+        for key, token in (("eos_token", eos_token), ("mask_token", mask_token)):
+            # As unigram and word-level models do, and BPE that takes whole words from its vocabulary.
+            if any(backend.vocab[token] in ids for ids in backend.encode_batch([token, f"a{token}a", f"a {token} a"])):
+                raise UserError(
+                    f"{path}: text can produce the {key.replace('_', ' ')}, {token!r}; let {path / CONFIG_FILE} name "
+                    f"one that is new as its {key}, and add it by `llada-data add-mask-token {path} --output FOLDER`"
+                )
         return cls(backend, eos_token, mask_token, hashlib.sha256(files.data).hexdigest())
 
     @property
@@ -60,14 +67,25 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of text that each id 0 … vocab_size − 1 stands for; of special tokens, their names'.
+        """The bytes of text that each id 0 … vocab_size − 1 stands for; of special tokens a byte that is in no text.
 
-        Those of a sequence of ids are the text's, but for a space that some tokenizers put before the first word.
+        Those of a sequence of ids are the normalised text's, but for a space that some put before the first word.
+
+        Raises:
+            UserError: the text does not follow from its tokens one by one.
         """
+        if not self._backend.decodes_by_token:
+            raise UserError(
+                "this tokenizer's decoder joins tokens by rules of its own: what a token stands for is unknown"
+            )
         found = [b""] * self.vocab_size
         for token, id in self._backend.vocab.items():
             found[id] = self._backend.bytes_of(token)
         return found
+
+    def normalized(self, text: str) -> str:
+        """The text that the tokens of `text` stand for."""
+        return self._backend.normalized(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, nothing added; the names of special tokens inside a text are encoded as text."""
@@ -108,6 +126,8 @@ class TokenizerFiles:
             UserError: a file is missing or broken.
         """
         if path.is_file():
+            if path.name == TOKENIZER_FILE:
+                raise UserError(f"{path}: give the folder that it lies in, {path.parent}")
             return cls(path, _read(path.parent, path.name), {}, is_sentencepiece=True)
         is_sentencepiece = not (path / TOKENIZER_FILE).exists() and (path / SENTENCEPIECE_FILE).exists()
         data = _read(path, SENTENCEPIECE_FILE if is_sentencepiece else TOKENIZER_FILE)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -22,6 +23,11 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
+NO_TEXT = b"\xff"  # in no UTF-8
+# Of tokenizer.json, those that a text's bytes do not hang on, or only those of the first word.
+_PLAIN_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"}
+
+
 class Backend(Protocol):
     """A tokenizer whose special tokens no text can produce."""
 
@@ -32,8 +38,17 @@ class Backend(Protocol):
         """What tokenizer.json says, parsed; None for a sentencepiece model."""
         ...
 
+    @property
+    def decodes_by_token(self) -> bool:
+        """Whether a text is what its tokens stand for, one after another."""
+        ...
+
     def bytes_of(self, token: str) -> bytes:
-        """The bytes of text that a token of the vocabulary stands for; of a special one, its name's."""
+        """The bytes of text that a token of the vocabulary stands for; of a special one NO_TEXT."""
+        ...
+
+    def normalized(self, text: str) -> str:
+        """What the tokens of a text stand for."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -60,20 +75,36 @@ class HuggingFaceBackend:
             backend.model.dropout = None
         self._backend = backend
         self.vocab = backend.get_vocab(with_added_tokens=True)
-        self._added = {token.content for token in backend.get_added_tokens_decoder().values()}
-        self._byte_level = '"ByteLevel"' in json.dumps(self.definition["decoder"])
+        added = backend.get_added_tokens_decoder().values()
+        self._special = {token.content for token in added if token.special}
+        self._added = {token.content for token in added}
 
     @property
     def definition(self) -> dict[str, Any]:
         definition: dict[str, Any] = json.loads(self._backend.to_str())
         return definition
 
+    @cached_property
+    def _decoders(self) -> set[str]:
+        decoder = self.definition["decoder"] or {}
+        return {one["type"] for one in (decoder, *decoder.get("decoders", ())) if one}
+
+    @property
+    def decodes_by_token(self) -> bool:
+        return bool(self._decoders) and self._decoders <= _PLAIN_DECODERS
+
     def bytes_of(self, token: str) -> bytes:
-        if token in self._added:
+        if token in self._special:
+            return NO_TEXT
+        if "ByteLevel" not in self._decoders:
+            return token.encode() if token in self._added else _bytes_of_piece(token)
+        if token in self._added or not all(character in BYTE_OF_CHARACTER for character in token):
             return token.encode()
-        if self._byte_level:
-            return bytes(BYTE_OF_CHARACTER[character] for character in token)
-        return _bytes_of_piece(token)
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+
+    def normalized(self, text: str) -> str:
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text).replace("▁", " ").strip(" ")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -100,8 +131,14 @@ class SentencePieceBackend:
             raise ValueError(str(error)) from None
         self.vocab = {self._model.id_to_piece(id): id for id in range(self._model.get_piece_size())}
 
+    decodes_by_token = True
+
     def bytes_of(self, token: str) -> bytes:
-        return token.encode() if self.is_special(token) else _bytes_of_piece(token)
+        return NO_TEXT if self.is_special(token) else _bytes_of_piece(token)
+
+    def normalized(self, text: str) -> str:
+        normalized: str = self._model.normalize(text)
+        return normalized.replace("▁", " ").strip(" ")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # One switch for both libraries.

@@ -10,6 +10,7 @@ multiplied by the number of ranks). All gradients are accumulated and reduced in
 """
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -65,11 +66,12 @@ class Losses:
 
 
 class Step(NamedTuple):
-    """What one optimizer step did; equal on every rank."""
+    """What one optimizer step did; equal on every rank, but for the last."""
 
     losses: Losses
     gradient_norm: float  # before clipping; inf where it is not finite
     applied: bool  # False: the step was refused, weights and moments are as before
+    own_seconds: float = 0.0  # of this rank's forwards and backwards, before it waits for all others
 
 
 def _data_parallel_group() -> dist.ProcessGroup:
@@ -204,7 +206,7 @@ class Engine:
         losses = self._sum(row_losses, batches)
         if check_replicas_of_step is not None:
             check_replicas(self.shards, check_replicas_of_step)
-        return Step(losses, *self._gate.apply(self._engine.step, accepts, losses.loss))
+        return Step(losses, *self._gate.apply(self._engine.step, accepts, losses.loss), self._own_seconds)
 
     @contextmanager
     def _before_the_last_micro_batch(self) -> Iterator[None]:
@@ -236,7 +238,7 @@ class Engine:
 
         Each row's parts, on the ranks that share its columns, add up; ranks that compute no loss have zeros.
         """
-        device = self.topology.device
+        device, began = self.topology.device, time.perf_counter()
         stages = list(self.model.stages)
         with around, cpu.standing_in() if device.type == "cpu" else nullcontext():
             reports = get_forward_backward_func()(
@@ -248,6 +250,9 @@ class Engine:
                 micro_batch_size=len(batches[0].input_ids),
                 forward_only=forward_only,
             )
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # as reading the losses does in a moment
+        self._own_seconds = time.perf_counter() - began
         if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
             return torch.cat([report["rows"] for report in reports])
         return torch.zeros(sum(len(batch.t) for batch in batches), dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""`--processes N`: start N local processes of a command and look after them. Imports no torch.
+"""A process's place among the others, and `--processes N`: start N local ones and look after them. Imports no torch.
 
 torchrun does not pass a worker's own exit code on, and a run that was told to stop says so by its exit code; so the
 few lines that start local processes are ours.
@@ -26,8 +26,21 @@ HUNG_EXIT_CODE = 70  # EX_SOFTWARE: a rank made no progress for training.hang_ti
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is saved; the same command goes on from it
 
 
+def adopt_place() -> None:
+    """A task of a SLURM step of several gets torchrun's variables, which all else reads, unless a launcher set them.
+
+    A batch script, and a shell that salloc or srun opened, is no such task, although SLURM's variables are set there.
+    MASTER_ADDR and MASTER_PORT come from the job's script.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    in_a_step = os.environ.get("SLURM_STEP_ID", "none").isdecimal() and "MASTER_ADDR" in os.environ
+    if "WORLD_SIZE" not in os.environ and in_a_step and int(tasks) > 1:
+        place = {"RANK": os.environ["SLURM_PROCID"], "LOCAL_RANK": os.environ["SLURM_LOCALID"], "WORLD_SIZE": tasks}
+        os.environ.update(place)
+
+
 def world_size() -> int:
-    """Processes of this run, as torchrun or `launch_local` say; 1 when started alone."""
+    """Processes of this run, as torchrun, `launch_local` or `adopt_place` say; 1 when started alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

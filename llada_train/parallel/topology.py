@@ -3,8 +3,9 @@
 import logging
 import math
 import os
+import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,8 +128,8 @@ def _complete_environment() -> None:
         missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(
-                f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set: start under torchrun or with "
-                "--processes N, or unset WORLD_SIZE to run alone"
+                f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} is not set: start with llada-train submit, "
+                "under torchrun or with --processes N, or unset WORLD_SIZE to run alone"
             )
         return
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -151,6 +152,27 @@ def any_rank(*flags: bool, device: torch.device) -> list[bool]:
     together = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(together, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in together.tolist()]
+
+
+def gather(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Each rank's values, by rank, on every rank; collective."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyones = mine.new_empty(dist.get_world_size() * len(values))
+    dist.all_gather_into_tensor(everyones, mine)
+    found: list[list[float]] = everyones.view(-1, len(values)).tolist()
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it: "NVIDIA H100 80GB HBM3"; "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def hosts() -> list[str]:
+    """The host name of each rank; collective."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return names
 
 
 def shutdown() -> None:

@@ -52,7 +52,7 @@ def config_changes(stored: Config, progress: Progress, given: Config) -> ConfigC
             f"data.block_length: {stored.block_length} → {given.block_length} (the data is shuffled in pieces of it, "
             f"fixed when the run began; give data.block_length={stored.block_length})"
         )
-    for line in differences(_until(stored, now), _until(given, now)):
+    for line in differences(_moved(_until(stored, now), given), _until(given, now)):
         key = line.partition(":")[0]
         if key == "data.block_length" or _free(key, stored, given):
             continue
@@ -67,6 +67,16 @@ def config_changes(stored: Config, progress: Progress, given: Config) -> ConfigC
 def _until(config: Config, tokens: int) -> Config:
     """The config without the changes that are still to come at so many tokens."""
     return config.model_copy(update={"schedule": [c for c in config.schedule if c.from_tokens < tokens]})
+
+
+def _moved(stored: Config, given: Config) -> Config:
+    """With the weights of the schedule named as the given config names the corpora, wherever they are now."""
+    names = {old.path: new.path for old, new in zip(stored.data.corpora, given.data.corpora, strict=False)}
+    schedule = [
+        change.model_copy(update={"weights": {names.get(path, path): w for path, w in change.weights.items()}})
+        for change in stored.schedule
+    ]
+    return stored.model_copy(update={"schedule": schedule})
 
 
 def _free(key: str, stored: Config, given: Config) -> bool:
@@ -85,6 +95,11 @@ def _fixed(key: str, stored: Config, given: Config) -> str | None:
         return "the checkpoint holds the tensors of that model"
     if key == "seed":
         return "the order of the data is drawn from it: tokens of this epoch would come twice or never"
+    if corpus is not None and key.endswith(".tokens") and None not in (_tokens(stored, corpus), _tokens(given, corpus)):
+        return (
+            "tokens are those of the whole run: give weights instead for what is to come, in proportion to what each "
+            "corpus is still to give"
+        )
     if corpus is not None and corpus < len(stored.data.corpora):
         if corpus >= len(given.data.corpora):
             return (
@@ -108,6 +123,11 @@ def _overruled(key: str, given: Config) -> str | None:
         if sets:
             return f"schedule.{i} has set it since; add a change to `schedule`"
     return None
+
+
+def _tokens(config: Config, corpus: int) -> int | None:
+    corpora = config.data.corpora
+    return corpora[corpus].tokens if corpus < len(corpora) else None
 
 
 def _corpus(key: str) -> int | None:

@@ -16,8 +16,9 @@ from llada_train.data.loader import GlobalBatch, TrainingLoader, Validation
 from llada_train.data.timeline import Phase, Timeline
 from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
-from llada_train.parallel.topology import any_rank
+from llada_train.parallel.topology import any_rank, gather
 from llada_train.training.guard import Guard
+from llada_train.training.journal import Journal
 from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
 from llada_train.training.preflight import check_phases
@@ -36,6 +37,7 @@ class _Interval:
     seconds: float = 0.0  # of the steps alone, without validation and checkpoints between them
     losses: Losses = field(default_factory=Losses.none)
     data_wait: float = 0.0
+    own_seconds: float = 0.0  # of this rank alone
     learning_rate: float = 0.0  # of the last step
     gradient_norm: float = 0.0
 
@@ -46,6 +48,7 @@ class _Interval:
         self.seconds += seconds
         self.losses = self.losses + step.losses
         self.data_wait += data_wait
+        self.own_seconds += step.own_seconds
         self.learning_rate, self.gradient_norm = rate, step.gradient_norm
 
 
@@ -66,12 +69,14 @@ class Trainer:
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
+        journal: Journal | None,  # likewise
         stop: StopRequest,
         watchdog: Watchdog,
         progress: Progress,
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.run, self.writer, self.log, self.stop, self.watchdog = run, writer, log, stop, watchdog
+        self.journal = journal
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
         self.reasons: list[str] = []  # why the last steps in a row were refused
@@ -106,7 +111,10 @@ class Trainer:
                 phase, tokens = self.timeline.phase(batch.first_sample), self.timeline.tokens(batch.first_sample)
                 rate = learning_rate(config.optimizer.learning_rate, tokens, phase.tokens_per_step)
                 step = self.engine.train_step(batch.batches, rate, self.guard.accepts, self._step_to_check())
-                if self._too_many_refused(batch, step):
+                too_many_refused = self._too_many_refused(batch, step)
+                if self.journal is not None:
+                    self.journal.beat(self.progress, self._tokens())
+                if too_many_refused:
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
                     interval.add(config.model, phase, step, rate, time.perf_counter() - started, data_wait)
@@ -183,6 +191,10 @@ class Trainer:
             self.log.went_back(step=self.progress.step, from_step=number, passed_over=passed_over, reasons=self.reasons)
         self.reasons.clear()
 
+    def reached(self) -> tuple[Progress, int, bool]:
+        """Where the run stands, its nominal tokens so far, and whether that is its end."""
+        return self.progress, self._tokens(), self._complete()
+
     def _complete(self) -> bool:
         return self.timeline.next_step(self.progress.consumed_samples) >= self.end_samples
 
@@ -200,8 +212,12 @@ class Trainer:
         return step if interval is not None and step % interval == 0 else None
 
     def _report(self, interval: _Interval) -> None:
+        own = interval.own_seconds / interval.steps, interval.data_wait / interval.steps
+        everyones = gather(own, self.engine.topology.device)
         if self.log is None:
             return
+        if self.journal is not None and (slow := self.journal.ranks(self.progress.step, everyones)):
+            self.log.remark(self.progress.step, slow)
         self.log.train(
             step=self.progress.step,
             consumed_samples=self.progress.consumed_samples,

@@ -151,6 +151,10 @@ class MetricsLog:
             f"{end - 1:,}[/]"
         )
 
+    def remark(self, step: int, text: str) -> None:
+        """Tell something on the console only."""
+        self._tell(f"[bold]step {step:>7,}[/]  [yellow]{text}[/]")
+
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()

@@ -26,9 +26,9 @@ class Inputs:
 
 
 def open_inputs(
-    config_file: Path, overrides: Sequence[str], world_size: int, accept_config_changes: bool = False, rank: int = 0
+    config_file: Path, overrides: Sequence[str], world_size: int | None = None, accept_config_changes: bool = False
 ) -> Inputs:
-    """Open everything that the config names; nothing is written. Rank 0 looks into the corpora, for all ranks.
+    """Open everything that the config names; nothing is written.
 
     Raises:
         UserError: config, data, tokenizer, run folder or `init_from` are at fault.
@@ -36,9 +36,6 @@ def open_inputs(
     config = load_config(config_file, overrides, world_size)
     data = PretrainingData(config)
     inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
-    if rank == 0:
-        data.check()
-        _check_corpora(inputs.run, data)
     read_metrics(config.run_dir)
     if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
         _check_checkpoint(config.init_from, config.model)
@@ -65,8 +62,22 @@ def check_phases(config: Config, timeline: Timeline, consumed_samples: int, worl
             )
 
 
-def _check_corpora(run: RunFolder, data: PretrainingData) -> None:
-    """A run's order of tokens hangs on its corpora, so they have to be those that it began with."""
+def check_content(inputs: Inputs) -> None:
+    """Look into the corpora; some reads of each, so that one rank does it for all.
+
+    Raises:
+        UserError: they cannot be trained on, or are not those that the run began with.
+    """
+    inputs.data.check()
+    check_corpora(inputs.run, inputs.data)
+
+
+def check_corpora(run: RunFolder, data: PretrainingData) -> None:
+    """A run's order of tokens hangs on its corpora, so they have to be those that it began with.
+
+    Raises:
+        UserError: they are not.
+    """
     for corpus, then in zip(data.corpora, run.corpora, strict=False):
         now = corpus.identity
         if now == then:

@@ -9,23 +9,27 @@ from llada_train.checkpoint.reader import naming_another
 from llada_train.checkpoint.restore import load_newest, open_together
 from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
 from llada_train.checkpoint.writer import CheckpointWriter
+from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation
+from llada_train.data.rows import PretrainingData
 from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
+from llada_train.parallel.topology import Topology
+from llada_train.training.journal import Journal, StartTimes
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plan_lines, plot_curves, warn
-from llada_train.training.preflight import Inputs, check_phases
+from llada_train.training.preflight import Inputs, check_content, check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
 
 
-def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
+def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: StartTimes) -> int:
     """Train on this process (one of WORLD_SIZE); returns the exit code: 0 complete, 75 stopped by a signal.
 
     `stop` was made before anything heavy was imported, so that no signal is missed.
@@ -38,24 +42,35 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
         run.prepare()
     if config.training.deterministic:
         topology.make_deterministic()
+    start.now("joining")
     watchdog.beat("joining the other processes")
     # Longer than the watchdog waits: of a rank that hangs it tells more than a collective that gives up.
     here = topology.initialize(config.parallel, timedelta(seconds=2 * config.training.hang_timeout_seconds))
     try:
+        watchdog.beat("looking into the corpora")
+        with here.failing_together():
+            if here.is_main:  # a few reads of each, which thousands of ranks need not do as well
+                check_content(inputs)
+        _check_the_same(data, here)
+        start.now("model")
         watchdog.beat("building the model")
         engine = Engine(config, here)
+        start.now("weights")
         watchdog.beat("reading its weights")
         progress = _restore(run, engine)
         writer = CheckpointWriter(run.checkpoints, engine, data.identities if here.is_main else ())
         timeline = data.timeline_after(progress.phases, progress.consumed_samples)
         end_tokens = timeline.tokens(timeline.end_samples)
         check_phases(config, timeline, progress.consumed_samples, here.world_size)
-        log, ours = None, data.at(timeline)
+        log, journal, hosts, ours = None, None, topology.hosts(), data.at(timeline)
         with here.failing_together():
             if here.is_main:
                 run.record_changes(progress)
                 print("\n".join(plan_lines(ours.plan)), flush=True)
                 log = MetricsLog(run.path, progress.step, end_tokens)
+                journal = Journal(run.path, start)
+                tokens = timeline.tokens(progress.consumed_samples)
+                journal.started(progress, tokens, end_tokens, hosts, topology.device_name(here.device))
         trainer = Trainer(
             config=config,
             engine=engine,
@@ -65,11 +80,14 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
             run=run,
             writer=writer,
             log=log,
+            journal=journal,
             stop=stop,
             watchdog=watchdog,
             progress=progress,
         )
-        complete = trainer.train()
+        start.now("first_step")
+        with journal.telling_the_end(trainer.reached) if journal is not None else nullcontext():
+            complete = trainer.train()
         if log is not None:
             log.close()
             _draw_curves(run.path)
@@ -81,6 +99,23 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog) -> int:
     finally:
         topology.shutdown()
     return 0 if complete else STOPPED_EXIT_CODE
+
+
+def _check_the_same(data: PretrainingData, here: Topology) -> None:
+    """All ranks have to see the same files, or each would read an order of its own; collective.
+
+    Raises:
+        UserError: a rank sees others than rank 0 does; on all ranks.
+    """
+    expected = topology.broadcast(data.files)
+    with here.failing_together():
+        for corpus, ours, theirs in zip(data.corpora, data.files, expected, strict=True):
+            if list(ours.values()) != list(theirs.values()):
+                then = sum(tokens for tokens, _ in theirs.values())
+                raise UserError(
+                    f"{corpus.prefix}: {len(ours)} files with {corpus.num_tokens:,} tokens on rank {here.rank}, "
+                    f"{len(theirs)} with {then:,} on rank 0; give every machine the same files"
+                )
 
 
 def _draw_curves(run_dir: Path) -> None:

@@ -34,9 +34,10 @@ class RunFolder:
         self.used = found is not None
         self.accepted_changes: list[str] = []
         self.corpora: tuple[CorpusIdentity, ...] = ()  # that the run was trained on
+        self.progress: Progress | None = None  # as its newest checkpoint says
         if found is not None:
             folder, manifest = found
-            self.corpora = manifest.corpora
+            self.corpora, self.progress = manifest.corpora, manifest.progress
             if config.resume == "never":
                 raise UserError(
                     f"{self.path}: holds a run already (newest checkpoint: {folder.name}) and resume is 'never'; "

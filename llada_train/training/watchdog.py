@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -69,8 +70,20 @@ class Watchdog:
         self._tell(f"{socket.gethostname()}: no progress for {silent:.0f} s in {doing}; the stacks of its threads:")
         for line in _stacks():
             self._tell(line)
+        threading.Thread(target=self._tell_collectives, name="flight recorder", daemon=True).start()  # may hang, too
         time.sleep(LINGER_SECONDS)
         os._exit(HUNG_EXIT_CODE)
+
+    def _tell_collectives(self) -> None:
+        """torch's flight recorder, where TORCH_FR_BUFFER_SIZE turned it on, into the folder of this start's logs."""
+        c10d, logs = sys.modules.get("torch._C._distributed_c10d"), os.environ.get("LLADA_ATTEMPT")
+        backend = "nccl" if hasattr(c10d, "_dump_nccl_trace_json") else "fr"
+        record = getattr(c10d, f"_dump_{backend}_trace_json", None)
+        if record is None or logs is None:
+            return
+        path = Path(logs) / f"flight-recorder-{self._rank}.json"
+        path.write_bytes(record())
+        self._tell(f"its last collectives are in {path}")
 
     def _tell(self, line: str) -> None:
         """In one piece and with the rank, since all ranks tell at once; past sys.stderr, whose lock may be held."""

@@ -193,6 +193,7 @@ def trainer_of_ten_steps(
     topology = SimpleNamespace(device=torch.device("cpu"), failing_together=nullcontext)
     engine = SimpleNamespace(train_step=train_step, topology=topology)
     monkeypatch.setattr(loop, "any_rank", lambda *flags, device: list(flags))
+    monkeypatch.setattr(loop, "gather", lambda values, device: [list(values)])
     trainer = Trainer(
         config=config,
         engine=engine,  # type: ignore[arg-type]
@@ -202,6 +203,7 @@ def trainer_of_ten_steps(
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
         writer=SimpleNamespace(start=save, save=save, settle=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
         log=None,
+        journal=None,
         stop=SimpleNamespace(received=False),  # type: ignore[arg-type]
         watchdog=SimpleNamespace(beat=lambda doing: None),  # type: ignore[arg-type]
         progress=Progress(step=0, consumed_samples=0),

@@ -183,7 +183,7 @@ def check_the_way_back(timeline: Timeline) -> None:
     starts = list(timeline.steps(0, timeline.end_samples))
     assert [timeline.first_sample(step) for step in range(1, len(starts) + 1)] == starts
     for step in (0, len(starts) + 1):
-        with pytest.raises(IndexError, match=f"step {step} of a run of {len(starts)}"):
+        with pytest.raises(IndexError, match=f"the run has the steps 1 to {len(starts)}"):
             timeline.first_sample(step)
     steps = {
         sample: number

@@ -59,24 +59,21 @@ def test_a_traced_step_is_what_the_loader_reads(run: Callable[..., Any], rank: i
                 corpus.document(part.number)[part.first_token : part.first_token + part.tokens]
                 for part in row.documents
             ]
-            assert np.array_equal(np.concatenate(parts), clean)
+            assert np.array_equal(np.concatenate(parts), clean[: row.length])
             assert all(part[-1] == eos for part in parts[:-1])
 
 
 def test_ranks_are_named_as_they_are_started(run: Callable[..., Any]) -> None:
     config, _ = run(parallel={"tensor_parallel": 2})
     assert [place(config, rank, 8).data_parallel_rank for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    with pytest.raises(UserError, match="give --processes as well"):
-        place(config, 1, None)
-    for rank, processes in ((8, 8), (0, 3)):
-        with pytest.raises(UserError, match=r"takes a multiple of 2 processes"):
-            place(config, rank, processes)
+    with pytest.raises(UserError, match="--rank 8: the ranks of 8 processes are 0 to 7"):
+        place(config, 8, 8)
 
 
-@pytest.mark.parametrize("text", ["king of the hill", "they was his", "his", "is w"])
+@pytest.mark.parametrize("text", ["king of the hill", "they was his", "his", "is w", "of", "end", "text"])
 @pytest.mark.parametrize("goes_back", [False, True])
 def test_what_is_found_is_what_every_step_shows(run: Callable[..., Any], text: str, goes_back: bool) -> None:
-    config, data = run()
+    config, data = run(objective={"random_length_probability": 0.5})
     if goes_back:  # the samples of two steps are passed over
         first = data.timeline.first_sample(3)
         data = data.at(data.timeline.passing_over(first, first + 32))
@@ -93,19 +90,19 @@ def test_what_is_found_is_what_every_step_shows(run: Callable[..., Any], text: s
                 name, held_out = data.names[c], i >= data.trained_documents(c)
                 expected.append((name, i, held_out, sorted(uses.get((name, i), ()))))
                 assert not (held_out and expected[-1][-1])
-    found = [(use.corpus, use.document, use.held_out, use.steps) for use in find(data, text)]
+    found = [(use.corpus, use.document, use.held_out, use.steps) for use in find(config, data, text)]
     assert found == expected
-    assert found
+    assert bool(found) == (text not in ("end", "text"))  # which are in the name of the token between documents
 
 
 def test_a_text_is_found_across_the_pieces_that_are_searched(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, data = run()
-    whole = list(find(data, "they was his they"))
+    config, data = run()
+    whole = list(find(config, data, "they was his they"))
     for chunk in (1, 7, 64):
         monkeypatch.setattr("data_tools.trace.CHUNK", chunk)
-        assert list(find(data, "they was his they")) == whole
+        assert list(find(config, data, "they was his they")) == whole
 
 
 def test_the_command(
@@ -131,9 +128,14 @@ def test_the_command(
     code, out, _ = trace_command("--find", "king of the hill")
     assert code == 0 and out.startswith("small, document 0 (") and "steps " in out
     code, _, err = trace_command("--find", "no such words")
-    assert code == 2 and "no document of 2 corpora holds 'no such words'" in err
+    assert code == 1 and "no document of 2 corpora holds 'no such words'" in err
     code, _, err = trace_command("--step", "900")
     assert code == 2 and "--step 900: the run has the steps 1 to " in err
+    code, _, err = trace_command("--step", "1", "--rank", "0", "--processes", "3")
+    assert code == 2 and "16 is not a multiple of micro_batch_size 2 × data-parallel 3" in err
+    for arguments in (["--step", "1", "--rank", "0"], ["--find", "his", "--rank", "0", "--processes", "2"]):
+        code, _, err = trace_command(*arguments)
+        assert code == 2 and "--rank and --processes say together whose rows" in err
     code, _, err = trace_command()
     assert code == 2 and "give either --step N or --find TEXT" in err
 
@@ -144,3 +146,15 @@ def test_a_run_is_followed_as_its_checkpoint_recorded_it(run: Callable[..., Any]
     record_checkpoint(config, data, steps=2)
     config, data = run(training__global_batch_size=4, schedule=[])
     assert [len(list(trace(config, data, step))) for step in (1, 2, 3)] == [16, 16, 4]
+    with pytest.raises(UserError, match="seed: 1234 → 99"):
+        run(seed=99)
+
+
+def test_a_corpus_that_is_not_the_runs_is_refused(run: Callable[..., Any], tmp_path: Path) -> None:
+    config, data = run()
+    record_checkpoint(config, data, steps=2)
+    stored = tmp_path / "small.bin"
+    content = stored.read_bytes()
+    stored.write_bytes(content[2:] + content[:2])
+    with pytest.raises(UserError, match=r"small: not the corpus that the run in .*as large as before"):
+        open_run(tmp_path / "config.yaml")

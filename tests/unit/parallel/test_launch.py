@@ -156,3 +156,26 @@ def test_a_worker_whose_launcher_is_gone_does_not_start(tmp_path: Path) -> None:
 def test_launcher_needs_no_torch() -> None:
     code = "import sys, llada_train.parallel.launch, llada_train.training.preflight; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "MASTER_ADDR": "n1"}, 16),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16"}, 1),  # srun by hand: nobody said where to meet
+        ({"SLURM_NTASKS": "16", "MASTER_ADDR": "n1"}, 1),  # a batch script, or a shell of salloc's
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "n1", "WORLD_SIZE": "8"}, 8),  # torchrun
+    ],
+)
+def test_a_task_of_srun_knows_its_place(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], size: int
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")  # so that what is set here is undone
+        monkeypatch.delenv(name)
+    for name, value in {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    launch.adopt_place()
+    assert launch.world_size() == size
+    assert os.environ.get("RANK") == ("9" if size == 16 else None)
+    assert os.environ.get("LOCAL_RANK") == ("1" if size == 16 else None)

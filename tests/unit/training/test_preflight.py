@@ -12,7 +12,12 @@ from llada_train.config.load import load_config
 from llada_train.data.corpus import Corpus, CorpusWriter
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
-from llada_train.training.preflight import check_phases, open_inputs
+from llada_train.training.preflight import check_corpora, check_phases, open_inputs
+
+
+def check(config: Path, *overrides: str) -> None:
+    inputs = open_inputs(config, overrides, 1)
+    check_corpora(inputs.run, inputs.data)
 
 
 def rewritten(prefix: Path, documents: list[np.ndarray]) -> None:
@@ -28,11 +33,11 @@ def test_a_run_goes_on_with_the_corpora_that_it_began_with(
     path = make_config(data__corpora=[{"path": str(prefix), "validation_documents": 20}])
     config = load_config(path)
     record_checkpoint(config, PretrainingData(config), steps=2)
-    open_inputs(path, [], 1)
+    check(path)
     for suffix in (".bin", ".idx", ".json"):
         prefix.with_suffix(suffix).rename(moved.with_suffix(suffix))
     at_new_place = f"data.corpora.0.path={moved}"
-    open_inputs(path, [at_new_place], 1)
+    check(path, at_new_place)
 
     corpus = Corpus(moved)
     documents = [corpus.document(i).copy() for i in range(300)]
@@ -43,9 +48,9 @@ def test_a_run_goes_on_with_the_corpora_that_it_began_with(
     for others, differs in cases:
         rewritten(moved, others)
         with pytest.raises(UserError, match=rf"elsewhere: not the corpus that the run in .*/run was .*\({differs}\)"):
-            open_inputs(path, [at_new_place], 1)
+            check(path, at_new_place)
     rewritten(moved, documents)
-    open_inputs(path, [at_new_place], 1)
+    check(path, at_new_place)
 
 
 def test_a_batch_size_still_in_force_has_to_fit_the_processes(make_config: Callable[..., Path]) -> None:

@@ -1,0 +1,121 @@
+"""What a job's own script asks: go on or give up, which nodes train, queue again or end. Imports no torch."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from llada_train.checkpoint.store import FOLDER, newest_manifest
+from llada_train.cluster.health import judge, read_links, read_reports
+from llada_train.config.cluster import ClusterConfig
+from llada_train.config.errors import UserError
+from llada_train.config.load import load
+from llada_train.parallel.launch import HUNG_EXIT_CODE, STOPPED_EXIT_CODE
+from llada_train.training.journal import note, read_history
+
+EXCLUDED_FILE = "excluded"  # in a submission's folder: nodes that the job no longer wants, as scontrol takes them
+GAVE_UP_EXIT_CODE = 3
+TOO_FEW_NODES_EXIT_CODE = 4
+USER_ERROR_EXIT_CODE = 2
+# How srun tells that a node's tasks died of a signal; a plain exit code is more likely the program's fault.
+_DIED = re.compile(
+    r"srun: error: (\S+): tasks? [\d,-]+: (?:Killed|Bus error|Segmentation fault|Aborted|Illegal instruction)"
+)
+_TOLD = re.compile(r"srun: error: \S+: tasks? ")
+
+
+class Job:
+    """One start of a job: `folder` is that of its submission, RUN/slurm/NNNN."""
+
+    def __init__(self, folder: Path, job: int, restart: int) -> None:
+        """Raises UserError: the folder is no submission's."""
+        self.folder, self.run_dir = folder, folder.parents[1]
+        self.cluster = load(ClusterConfig, folder / "cluster.yaml")
+        self.attempt = folder / f"attempt-{job}-{restart}"
+        self._place = {"job": job, "restart": restart}
+
+    def begin(self, hosts: Sequence[str]) -> bool:
+        """Note the start; False: the run has started often enough without getting any further."""
+        consumed = self._consumed_samples()
+        without_progress = self._attempts_without_progress(consumed)
+        note(self.run_dir, "attempt", **self._place, hosts=list(hosts), consumed_samples=consumed)
+        if without_progress >= self.cluster.slurm.max_attempts:
+            note(self.run_dir, "gave_up", **self._place, attempts=without_progress)
+            print(
+                f"{self.run_dir}: {without_progress} starts brought no new checkpoint; the job ends. Its logs are in "
+                f"{self.folder}; when the cause is mended, submit the run again"
+            )
+            return False
+        return True
+
+    def choose_nodes(self, hosts: Sequence[str], need: int, with_links: bool) -> bool:
+        """Judge the nodes' reports and write those that train to ATTEMPT/nodes; False: too few are sound."""
+        folder = self.attempt / "health"
+        links = read_links(folder) if with_links else None
+        if with_links and links is None:
+            print("the nodes did not reach each other; see links-*.log in", self.attempt)
+            return False
+        faults = judge(read_reports(folder), hosts, self.cluster.health, links)
+        sound = [host for host in hosts if host not in faults]
+        for host, problems in faults.items():
+            print(f"{host}: left out: {'; '.join(problems)}")
+        if faults and (not with_links or any(host in faults for host in self._chosen())):
+            note(self.run_dir, "left_out", **self._place, nodes=faults)
+        if sound:  # else it is more likely what they share than each of them
+            self._exclude(faults)
+        if len(sound) < need:
+            print(f"{len(sound)} of {len(hosts)} nodes are sound, but {need} are needed")
+            return False
+        (self.attempt / "nodes").write_text(",".join(sound[:need]), encoding="utf-8")
+        return True
+
+    def end(self, code: int, state: str, requeue: bool) -> bool:
+        """Note how a start ended; True: the job is to be queued again."""
+        meaning = {
+            0: "complete",
+            STOPPED_EXIT_CODE: "stopped by a signal",
+            HUNG_EXIT_CODE: "hung",
+            USER_ERROR_EXIT_CODE: "a mistake that only a person can mend",
+            TOO_FEW_NODES_EXIT_CODE: "too few sound nodes",
+        }.get(code, "failed")
+        if meaning == "failed" and (node := self._first_that_died()) is not None:
+            note(self.run_dir, "left_out", **self._place, nodes={node: ["its processes died of a signal"]})
+            self._exclude([node])
+        # A cancelled job is no longer RUNNING; one that SLURM queues again by itself is not either.
+        again = requeue and state == "RUNNING" and code not in (0, USER_ERROR_EXIT_CODE)
+        again = again and self._attempts_without_progress(self._consumed_samples()) < self.cluster.slurm.max_attempts
+        note(self.run_dir, "job_ended", **self._place, code=code, meaning=meaning, state=state, requeued=again)
+        return again
+
+    def _consumed_samples(self) -> int:
+        """Of the newest checkpoint."""
+        try:
+            found = newest_manifest(self.run_dir / FOLDER)
+        except UserError:  # the run itself will tell
+            return 0
+        return found[1].progress.consumed_samples if found is not None else 0
+
+    def _attempts_without_progress(self, consumed: int) -> int:
+        """Starts since the run was last submitted or had another checkpoint."""
+        count = 0
+        for event in reversed(read_history(self.run_dir)):
+            if event["event"] == "submitted" or (event["event"] == "attempt" and event["consumed_samples"] != consumed):
+                break
+            count += event["event"] == "attempt"
+        return count
+
+    def _chosen(self) -> list[str]:
+        return (self.attempt / "nodes").read_text(encoding="utf-8").split(",")
+
+    def _exclude(self, nodes: Sequence[str] | dict[str, list[str]]) -> None:
+        path = self.folder / EXCLUDED_FILE
+        known = path.read_text(encoding="utf-8").split(",") if path.exists() else []
+        if nodes:
+            path.write_text(",".join(dict.fromkeys([*known, *nodes])), encoding="utf-8")
+
+    def _first_that_died(self) -> str | None:
+        """The node of which srun tells first, in this start's part of the log, if its processes died of a signal."""
+        log = (self.folder / "job.log").read_text(encoding="utf-8", errors="replace")
+        here = log[log.rfind(f"job {self._place['job']}, restart {self._place['restart']}, on") :]
+        first = next((line for line in here.splitlines() if _TOLD.match(line)), "")
+        found = _DIED.match(first)
+        return found[1] if found else None

@@ -1,0 +1,96 @@
+"""The few SLURM commands that are called, and what they say when they refuse."""
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from llada_train.config.errors import UserError
+
+# What a process of another job, or of a launcher, was told is not for the new job.
+_NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LLADA_ATTEMPT", "LLADA_START")
+SECONDS = 60.0  # a controller that does not answer
+
+
+def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's programs.
+
+    Raises:
+        UserError: it is not there, or does not answer.
+    """
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _NOT_INHERITED and (not name.startswith("SLURM_") or name in kept)
+    }
+    try:
+        return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=SECONDS)
+    except FileNotFoundError:
+        raise UserError(
+            f"{program}: not found: this is done on a login node of a SLURM cluster; without SLURM start the run "
+            "with torchrun on each machine"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{program}: SLURM's controller does not answer; try again later") from None
+
+
+def sbatch(script: Path, dependency: str | None = None) -> int:
+    """Submit a file; returns the job's id.
+
+    Raises:
+        UserError: SLURM refuses it.
+    """
+    after = [f"--dependency={dependency}"] if dependency else []
+    done = call("sbatch", "--parsable", *after, str(script))
+    if done.returncode:
+        told = [
+            line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()
+        ]
+        reason = told[-1].removeprefix("Batch job submission failed: ") if told else f"exit code {done.returncode}"
+        raise UserError(f"SLURM refuses the job: {reason}{_hint(reason)}")
+    return int(done.stdout.strip().partition(";")[0])
+
+
+def _hint(reason: str) -> str:
+    if "partition" in reason.lower():
+        found = call("sinfo", "--noheader", "--format=%R").stdout.split()
+        return f"; cluster.slurm.partition can be {', '.join(dict.fromkeys(found))}"
+    if "account" in reason.lower():
+        return "; give cluster.slurm.account=…, `sacctmgr show associations user=$USER` lists yours"
+    if "feature" in reason.lower():
+        return "; cluster.slurm.constraint names features of nodes: `sinfo --format=%f` lists them"
+    if "node" in reason.lower() or "configuration" in reason.lower():
+        return "; `sinfo --Node --long` lists the nodes: compare cluster.node and --nodes"
+    return ""
+
+
+def states(jobs: Sequence[int]) -> dict[int, str]:
+    """Those of the jobs that wait or run, and their states, as RUNNING or PENDING (BeginTime)."""
+    if not jobs:
+        return {}
+    try:
+        # Unknown jobs are an error if only one is asked for: all of the user's are asked for.
+        told = call("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%r").stdout
+    except UserError:
+        return {}
+    found = {}
+    for line in told.splitlines():
+        number, state, reason = line.split("|", 2)
+        if re.fullmatch(r"\d+", number) and int(number) in jobs and state in ALIVE:
+            found[int(number)] = f"{state} ({reason})" if state == "PENDING" else state
+    return found
+
+
+ALIVE = (
+    "PENDING",
+    "RUNNING",
+    "SUSPENDED",
+    "COMPLETING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "SIGNALING",
+    "STAGE_OUT",
+)

@@ -1,0 +1,92 @@
+"""What a job decides: how often it starts without progress, whom it leaves out, when it is queued again."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from llada_train.cluster.health import Report
+from llada_train.cluster.job import EXCLUDED_FILE, Job
+from llada_train.training.journal import note, read_history
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a submission."""
+    folder = tmp_path / "run/slurm/0001"
+    folder.mkdir(parents=True)
+    (folder / "cluster.yaml").write_text("{slurm: {max_attempts: 3}, node: {gpus: 0, processes: 1}}")
+    note(tmp_path / "run", "submitted", jobs=[7], nodes=2)
+    return folder
+
+
+def test_three_starts_without_a_checkpoint_and_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    consumed = 0
+    monkeypatch.setattr(Job, "_consumed_samples", lambda self: consumed)
+
+    def start(restart: int, code: int) -> tuple[bool, bool]:
+        """Did it begin, and is it queued again?"""
+        (folder / "job.log").write_text("")
+        return Job(folder, 7, restart).begin(["n1"]), Job(folder, 7, restart).end(code, "RUNNING", True)
+
+    assert [start(i, 1) for i in range(2)] == [(True, True)] * 2
+    consumed = 100  # the second one saved
+    assert [start(2 + i, 1) for i in range(3)] == [(True, True), (True, True), (True, False)]
+    assert start(5, 1)[0] is False  # queued again by SLURM, whose node died
+    note(folder.parents[1], "submitted", jobs=[8], nodes=2)  # a person mended it
+    assert start(6, 1) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeue", "again"),
+    [
+        (0, "RUNNING", True, False),
+        (2, "RUNNING", True, False),  # only a person can mend it
+        (70, "RUNNING", True, True),
+        (75, "RUNNING", True, True),
+        (75, "COMPLETING", True, False),  # cancelled, or SLURM queues it again by itself
+        (75, "RUNNING", False, False),  # a chain
+        (137, "RUNNING", True, True),
+    ],
+)
+def test_which_ends_are_queued_again(folder: Path, code: int, state: str, requeue: bool, again: bool) -> None:
+    (folder / "job.log").write_text("")
+    assert Job(folder, 7, 0).end(code, state, requeue) is again
+
+
+def test_a_node_whose_processes_die_of_a_signal_is_left_out_and_others_are_not(folder: Path) -> None:
+    log = folder / "job.log"
+    log.write_text(
+        "x job 7, restart 0, on n[1-4]\nsrun: error: n4: tasks 24-31: Killed\n"
+        "x job 7, restart 1, on n[1-4]\nsrun: error: n2: tasks 8,10-15: Aborted\nsrun: error: n3: task 16: Killed\n"
+    )
+    Job(folder, 7, 1).end(137, "RUNNING", True)
+    assert (folder / EXCLUDED_FILE).read_text() == "n2"
+    log.write_text(
+        log.read_text() + "x job 7, restart 2, on n[1-4]\nsrun: error: n1: task 0: Exited with exit code 1\n"
+    )
+    Job(folder, 7, 2).end(1, "RUNNING", True)
+    assert (folder / EXCLUDED_FILE).read_text() == "n2"
+    assert [event["nodes"] for event in read_history(folder.parents[1]) if event["event"] == "left_out"] == [
+        {"n2": ["its processes died of a signal"]}
+    ]
+
+
+def test_spares_take_the_place_of_bad_nodes_in_the_order_of_the_job(folder: Path) -> None:
+    job, hosts = Job(folder, 7, 0), ["n1", "n2", "n3", "n4"]
+    (job.attempt / "health").mkdir(parents=True)
+    for host in ("n1", "n3", "n4"):
+        report = Report(host, problems=["local disk: full"] if host == "n3" else [])
+        (job.attempt / f"health/{host}.json").write_text(json.dumps(asdict(report)))
+    assert job.choose_nodes(hosts, need=2, with_links=False)
+    assert (job.attempt / "nodes").read_text() == "n1,n4"
+    assert (folder / EXCLUDED_FILE).read_text() == "n2,n3"
+    assert not job.choose_nodes(hosts, need=3, with_links=False)
+    assert not job.choose_nodes(hosts, need=2, with_links=True)  # the nodes did not reach each other
+
+
+def test_if_no_node_tells_anything_none_is_left_out(folder: Path) -> None:
+    job = Job(folder, 7, 0)
+    assert not job.choose_nodes(["n1", "n2"], need=1, with_links=False)
+    assert not (folder / EXCLUDED_FILE).exists()
