@@ -43,7 +43,8 @@ def inspect_command(
         print(f"{length:14,} {documents:14,} {share[0]:7.1%} {tokens:18,} {share[1]:7.1%}")
     if reader is not None:
         for number, text in decoded_samples(prefix, reader, samples, sample_tokens):
-            print(f"\n— document {number:,} —\n{text}")
+            shown = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)  # no commands to the terminal
+            print(f"\n— document {number:,} —\n{shown}")
 
 
 @app.command("verify")

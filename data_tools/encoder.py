@@ -31,9 +31,10 @@ GPT2_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of pre_tokenizers.ByteLevel
 )
 # What the two libraries' regular expressions are known to read alike; a test compares the classes over all of Unicode.
-_ESCAPE = re.compile(r"\\(?:[pP]\{[\w=]+\}|[sSdnrtfv]|[^\w\s])")
-_CLASS = re.compile(r"\[[^\[\]]*\]")
-_DOUBTFUL = re.compile(r"[\\^$\[\]]|\(\?<|\(\?[-a-hj-z]|&&")
+_ESCAPE = re.compile(r"\\(?:[pP]\{(?:[LNMPSZ]|L[ultmo]|Nd|Han)\}|[sSdnrtfv]|[^\w\s<>])")
+_CLASS = re.compile(r"\[(?:(?!--|~~|&&)[^\[\]])*\]")
+_CONTRACTIONS = re.compile(r"\(\?i:(?:'(?:s|t|re|ve|m|ll|d)\|?)+\)")  # for others each has its own idea of case
+_DOUBTFUL = re.compile(r"[\\^$\[\]]|\(\?<|\(\?[-a-z]|\}[+?]|\{,")
 
 Ids = np.ndarray
 
@@ -133,7 +134,7 @@ def _pattern(definition: dict[str, Any]) -> str:
         raise NotCarriedOverError(f"it cuts text into words in the way {split['behavior']!r}")
     kind, value = next(iter(split["pattern"].items()))
     pattern = value if kind == "Regex" else re.escape(value)
-    if _DOUBTFUL.search(_CLASS.sub("", _ESCAPE.sub("", pattern).replace("[^", "["))):
+    if _DOUBTFUL.search(_CLASS.sub("", _CONTRACTIONS.sub("", _ESCAPE.sub("", pattern)).replace("[^", "["))):
         raise NotCarriedOverError("its regular expression has what the two libraries may read differently")
     return f"(?:{pattern})"
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DOCUMENT_LIMIT = 64 << 20  # bytes: what one document may have, so that memory stays bounded
 TOO_LONG = f"longer than {DOCUMENT_LIMIT >> 20} MiB"
 READ = 1 << 20  # bytes of a file at once
+ZSTD_READ = 1 << 10  # of a .zst file: a few bytes may stand for 128 KiB, so that this makes tens of MB at most
 ROWS = 64  # of a .parquet file at once
 
 
@@ -126,7 +127,7 @@ class _ZstdFile(io.RawIOBase):
         self._raw = raw
         self._frame: object = None
         self._rest = b""  # read, not yet decompressed
-        self._out = b""
+        self._out = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -134,12 +135,12 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         view = memoryview(cast(bytearray, buffer))
         while not self._out:
-            data = self._rest or self._raw.read(1 << 16)
+            data = self._rest or self._raw.read(ZSTD_READ)
             if not data:
                 if self._frame is not None:
                     raise EOFError
                 return 0
-            self._out = self._decompress(data)
+            self._out = memoryview(self._decompress(data))
         size = min(len(view), len(self._out))
         view[:size] = self._out[:size]
         self._out = self._out[size:]
@@ -187,7 +188,7 @@ def _lines(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
             position = piece.start
             if piece.start:  # the line that begins before belongs to the piece before
                 stream.seek(piece.start - 1)
-                position += _skip_line(stream) - 1
+                position += _skip_line(stream, piece.size) - 1
             while piece.stop is None or position < piece.stop:
                 number += 1
                 line = stream.readline(DOCUMENT_LIMIT + 1)
@@ -196,7 +197,7 @@ def _lines(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
                 position += len(line)
                 too_long = len(line) > DOCUMENT_LIMIT
                 if too_long and not line.endswith(b"\n"):
-                    position += _skip_line(stream)
+                    position += _skip_line(stream, None if piece.stop is None else piece.stop - position)
                 if too_long:
                     yield number, Rejection(TOO_LONG)
                 elif not line.isspace():
@@ -208,10 +209,10 @@ def _lines(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
     advance(piece.size)
 
 
-def _skip_line(stream: BinaryIO) -> int:
-    """Read on past the next newline; how many bytes that was."""
+def _skip_line(stream: BinaryIO, enough: int | None) -> int:
+    """Read on past the next newline, or past `enough` bytes, what is behind them being another's; how many that was."""
     size = 0
-    while part := stream.readline(READ):
+    while (enough is None or size <= enough) and (part := stream.readline(READ)):
         size += len(part)
         if part.endswith(b"\n"):
             break

@@ -57,7 +57,8 @@ class Parts:
         """Begin, or go on with, `count` parts of what `sources_plan` says. `alone` if no other process works at them.
 
         Raises:
-            UserError: the folder cannot be made, is in use, or holds parts of other work and not `overwrite`.
+            UserError: the folder cannot be made, is in use, or holds parts of other work and not `overwrite`, which
+                shares may not.
         """
         folder = parts_folder(prefix)
         plan: dict[str, Any] = {
@@ -79,7 +80,7 @@ class Parts:
             raise UserError(f"{prefix}: cannot be written: {error.strerror}") from None
         parts = cls(prefix, plan, lock)
         try:
-            parts._adopt(overwrite)
+            parts._adopt(overwrite, alone)
         except BaseException:
             os.close(lock)
             raise
@@ -98,14 +99,17 @@ class Parts:
             raise UserError(f"{parts_folder(prefix)}: no parts; make them with `llada-data tokenize --shard`")
         return cls(prefix, plan, _lock(prefix, parts_folder(prefix), alone=True))
 
-    def _adopt(self, overwrite: bool) -> None:
+    def _adopt(self, overwrite: bool, alone: bool) -> None:
         """Make the folder one of this plan."""
         found = _read_plan(self.prefix)
-        if found is not None and found["key"] != self.key:
-            if not overwrite:
+        if found is not None and found["key"] == self.key:
+            return
+        if found is not None:
+            if not (overwrite and alone):  # other shares might be at work already
+                again = "--overwrite to begin again" if alone else "remove it to begin again"
                 raise UserError(
                     f"{self.folder}: holds parts of other work: the inputs, the text key or the tokenizer have changed "
-                    "since it was begun; give another --output, or --overwrite to begin again"
+                    f"since it was begun; give another --output, or {again}"
                 )
             for path in self.folder.iterdir():
                 if path.name != "lock":
@@ -173,7 +177,10 @@ class Parts:
         with CorpusWriter(self.prefix, dtype) as writer:
             for i, report in enumerate(reports):
                 if report.documents:
-                    writer.add_file(IndexedFile(str(self.part(i))))
+                    part = IndexedFile(str(self.part(i)))
+                    if (part.num_documents, part.num_tokens) != (report.documents, report.tokens):
+                        raise UserError(f"{part.prefix}: is not what its .json says; remove that, and tokenize again")
+                    writer.add_file(part)
         _write(inputs_file(self.prefix), listing)
         merged = _merged_folder(self.prefix)
         self.folder.replace(merged)  # so that it can be told whether the manifest, and all else, is of these parts

@@ -13,6 +13,7 @@ from llada_train.config.errors import UserError
 
 # What `datasets` writes beside the .arrow files of a folder.
 DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
+TWICE = "given or linked to more than once"
 SMALLEST_UNIT, LARGEST_UNIT = 4 << 20, 256 << 20  # bytes of input that are one piece of work
 
 
@@ -53,8 +54,8 @@ class Sources:
 
     `data_tools.formats` says which files hold one document and which many. A name with `*`, `?` or `[…]` that no file
     has is a pattern (`**` for any folders). Folders are read with all folders in them, sorted by name, those that links
-    lead to included, each once; names that begin with a dot are passed over. In a folder that `datasets` wrote, its
-    .arrow files are read in its own order.
+    lead to included; names that begin with a dot are passed over. In a folder that `datasets` wrote, its
+    .arrow files are read in its own order. A file that is reached in several ways is read once.
 
     Iterating again begins again. Meanwhile `bytes_read` and `rejected` tell how far it is and what was left out.
     """
@@ -66,8 +67,20 @@ class Sources:
         """
         self.text_key = text_key
         self._walk_tally = Tally()
-        self.files = [file for path in _expand(inputs) for file in _files(path, self._walk_tally)]
-        self.stats = [file.stat() for file in self.files]
+        self._inputs = _expand(inputs)
+        self.files: list[Path] = []
+        self.stats: list[os.stat_result] = []
+        seen: set[tuple[int, int]] = set()
+        folders: set[tuple[int, int]] = set()
+        for path in self._inputs:
+            for file in _files(path, folders, self._walk_tally):
+                stat = file.stat()
+                if (stat.st_dev, stat.st_ino) in seen:
+                    self._walk_tally.add(TWICE, str(file))
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+                self.files.append(file)
+                self.stats.append(stat)
         self.total_bytes = sum(stat.st_size for stat in self.stats)
         self.bytes_read = 0
         self.tally = Tally()
@@ -81,6 +94,28 @@ class Sources:
     def first_rejected(self) -> dict[str, str]:
         """Reason → where it was first met."""
         return self.tally.first
+
+    def refuse_output(self, path: Path) -> None:
+        """
+        Raises:
+            UserError: `path` lies in a folder that is read, so that the next run would take it for text.
+        """
+        for folder in self._inputs:
+            if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{path}: lies in {folder}, which is read; give an --output outside of it")
+
+    def refuse_changed(self) -> None:
+        """
+        Raises:
+            UserError: a file is not as it was when it was found.
+        """
+        for file, before in zip(self.files, self.stats, strict=True):
+            try:
+                now = file.stat()
+            except OSError:
+                continue  # was counted as unreadable, or had been read
+            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise UserError(f"{file}: changed while it was read; run the command again, with --overwrite")
 
     def begin(self) -> None:
         """Forget what reading met; what walking through the folders met stays."""
@@ -128,8 +163,8 @@ def _expand(inputs: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _files(path: Path, tally: Tally) -> Iterator[Path]:
-    return _folder(path, set(), tally) if path.is_dir() else iter([path]) if path.is_file() else _left_out(path, tally)
+def _files(path: Path, seen: set[tuple[int, int]], tally: Tally) -> Iterator[Path]:
+    return _folder(path, seen, tally) if path.is_dir() else iter([path]) if path.is_file() else _left_out(path, tally)
 
 
 def _left_out(path: Path, tally: Tally) -> Iterator[Path]:
@@ -148,7 +183,7 @@ def _folder(folder: Path, seen: set[tuple[int, int]], tally: Tally) -> Iterator[
         return
     identity = (status.st_dev, status.st_ino)
     if identity in seen:
-        tally.add("a link to a folder that is read anyway", str(folder))
+        tally.add(TWICE, str(folder))
         return
     seen.add(identity)
     if any(name.endswith(".arrow") for name in names) or DATASET_FILES[2] in names:

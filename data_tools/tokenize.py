@@ -10,10 +10,7 @@ So the corpus is the same for any number of processes and machines, and after an
 import contextlib
 import hashlib
 import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,12 +23,12 @@ import numpy as np
 from data_tools.encoder import choose, make_encoder
 from data_tools.formats import Piece
 from data_tools.parts import PartReport, Parts, refuse_existing
-from data_tools.sources import Document, Sources, Tally, read_documents
+from data_tools.sources import Sources, Tally, read_documents
+from data_tools.workers import batched, belong_to_parent
 from llada_train.config.errors import UserError
 from llada_train.data.corpus import CorpusWriter, Manifest, token_dtype
 from llada_train.data.tokenizer import Tokenizer
 
-BATCH_BYTES = 1 << 20
 SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 4, 8, 20_000  # that the fast encoder is tried on
 
 Unit = list[Piece]
@@ -71,6 +68,7 @@ def tokenize(
     tokenizer = Tokenizer.load(tokenizer_path)
     if not overwrite:
         refuse_existing(output)
+    sources.refuse_output(output)
     sources.begin()
     units = sources.units()
     plan = {
@@ -99,6 +97,7 @@ def tokenize(
             progress.tell()  # so that rates are those of this run
             for i, done in _encode(job, [(i, units[i]) for i in missing], workers, progress):
                 parts.write_report(i, done)
+        sources.refuse_changed()
         for i in here:
             sources.tally.include(parts.report(i).tally)
         return parts.merge() if shard is None else None
@@ -161,7 +160,7 @@ class _Encoding:
         tokenizer = Tokenizer.load(job.tokenizer)
         self._job = job
         self._encoder = make_encoder(tokenizer, job.fast, all_cores)
-        self._eos_id = tokenizer.eos_id
+        self._eos_id, self._mask_id = tokenizer.eos_id, tokenizer.mask_id
         self._stopped = stopped
 
     def encode(self, i: int, unit: Unit, tell: Report = lambda size, documents, tokens: None) -> PartReport:
@@ -176,13 +175,18 @@ class _Encoding:
         documents = (
             document for piece in unit for document in read_documents(piece, self._job.text_key, tally, advance)
         )
-        batches = _batches(documents)
+        batches = batched(documents)
         first = next(batches, None)
         num_documents = num_tokens = 0
         if first is not None:
             with CorpusWriter(self._job.folder / f"{i:05d}", self._job.dtype) as writer:
                 for batch in chain([first], batches):
                     for ids in self._encoder.encode([document.text for document in batch]):
+                        if ((ids == self._eos_id) | (ids == self._mask_id)).any():
+                            raise UserError(
+                                f"{self._job.tokenizer}: made its mask or EOS token of text, in {unit[0].file} or a "
+                                "file after it; give a tokenizer whose special tokens no text can produce"
+                            )
                         writer.add_document(np.append(ids, self._eos_id))
                     text_bytes += sum(document.text_bytes for document in batch)
                     num_documents, num_tokens = writer.num_documents, writer.num_tokens
@@ -192,19 +196,6 @@ class _Encoding:
         checksums = [(str(piece.file), _checksum(piece.file)) for piece in unit if not piece.start]
         known = [(file, checksum) for file, checksum in checksums if checksum]
         return PartReport(num_documents, num_tokens, text_bytes, tally, known)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.text_bytes
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _checksum(file: Path) -> str | None:
@@ -259,17 +250,8 @@ _worker: _Encoding
 
 def _start_worker(job: Job, stop: Event) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    belong_to_parent()
     _worker = _Encoding(job, all_cores=False, stopped=stop.is_set)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed leaves its pool waiting for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_in_worker(i: int, unit: Unit) -> PartReport:

@@ -107,13 +107,40 @@ def to_hf(
     output: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
     dtype: Annotated[Precision, typer.Option(help="Of the weights written.")] = Precision.bf16,
 ) -> None:
-    """Write a checkpoint, of any layout, as a Hugging Face folder that transformers loads by itself."""
+    """Write a checkpoint, of any layout, as a Hugging Face folder that transformers loads by itself.
+
+    Example: llada-train convert to-hf runs/demo hf
+    """
     from llada_train.checkpoint.reader import open_verified
     from llada_train.convert.to_hf import to_hf as write
 
-    with open_verified(source) as weights, _progress("tensors") as advance:
-        write(weights, weights.config, output, dtype.value, advance)
-    typer.echo(f"wrote {output}")
+    started = time.monotonic()
+    with _bytes_progress() as of, open_verified(source, of("comparing checksums")) as weights:
+        write(weights, output, dtype.value, of("writing"))
+    typer.echo(f"wrote {output} in {time.monotonic() - started:,.0f} s")
+
+
+@convert.command("from-hf")
+def from_hf(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A LLaDA in Hugging Face format: a local folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make; it must not exist.")],
+) -> None:
+    """Take a LLaDA folder, released or exported, as a checkpoint to begin runs from. Its code is never run.
+
+    Names, shapes, dtypes, config and tokenizer are compared first, and all that does not fit is told at once.
+
+    Example: llada-train convert from-hf LLaDA-8B-Base base; then pretrain with init_from=base model=base/model.yaml
+    """
+    from llada_train.convert.from_hf import from_hf as write
+    from llada_train.model.sizes import parameter_count
+
+    started = time.monotonic()
+    with _bytes_progress() as of:
+        model = write(source, output, of("writing"))
+    typer.echo(
+        f"wrote {output} in {time.monotonic() - started:,.0f} s: {parameter_count(model):,} parameters; begin a run "
+        f"from it with init_from={output} model={output / 'model.yaml'}"
+    )
 
 
 @app.command()
@@ -286,6 +313,26 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(label)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _bytes_progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Progress bars with rate and time left on stderr, where that is a terminal.
+
+    Yields what makes a bar for a label: the function to call with (bytes done, bytes in all).
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()) as bar:
+
+        def of(label: str) -> Callable[[int, int], None]:
+            task = bar.add_task(label, total=None)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        yield of
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from data_tools.sources import Document
+from data_tools.workers import batched, belong_to_parent
 from llada_train.config.errors import UserError
 
-BATCH_BYTES = 1 << 20
 BATCHES_PER_WORKER = 4  # waiting or done, so that memory does not grow with the input
 
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ def map_texts(
     Raises:
         UserError: a worker died.
     """
-    batches = _batches(documents)
+    batches = batched(documents)
     if workers == 1:
         for batch in batches:
             yield from zip(batch, function([document.text for document in batch]), strict=True)
@@ -50,24 +50,12 @@ def map_texts(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += document.text_bytes
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 _worker_function: Callable[[list[str]], list[Any]]
 
 
 def _start_worker(function: Callable[[list[str]], list[Any]]) -> None:
     global _worker_function
+    belong_to_parent()
     _worker_function = function
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder of one safetensors file per rank, each with the ZeRO fragments that the rank owned,
 `manifest.json`, and the manifest's own checksum in the form of `sha256sum`. Tensors have the global names and shapes of
-llada_train.model.sizes, so that any layout reads what any other wrote.
+llada_train.model.sizes, so that any layout reads what any other wrote. Weights that were imported lie in such a folder,
+too, without a run's state.
 """
 
 import hashlib
@@ -10,17 +11,30 @@ import os
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
+from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.corpus import CorpusIdentity
 from llada_train.data.timeline import Phase
+from llada_train.model.sizes import FIRST_MOMENT, MASTER, SECOND_MOMENT
 
 FILE_NAME = "manifest.json"
+TOKENIZER = "tokenizer"  # folder of imported weights
 CHECKSUM_NAME = f"{FILE_NAME}.sha256"
 MAX_BYTES = 1 << 26  # a manifest of a 1,024-rank 8B run is about 2 MiB
-FORMAT = 3
+FORMAT = 4
 
 # A name in the checkpoint's own folder: a manifest from elsewhere must not reach out of it.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.safetensors$")]
@@ -82,14 +96,12 @@ class Progress(_Strict):
     guard: GuardState = GuardState()
 
 
-class Manifest(_Strict):
+class Stored(_Strict):
+    """What lies where."""
+
     format: int
     saved: AwareDatetime
-    progress: Progress
-    optimizer_steps: Count
     versions: dict[str, str]
-    config: Config
-    corpora: tuple[CorpusIdentity, ...]  # of config.data, in its order
     files: dict[FileName, FileEntry]
     tensors: dict[str, list[FragmentEntry]]
 
@@ -99,7 +111,44 @@ class Manifest(_Strict):
         return sum(entry.size for entry in self.files.values())
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+class Manifest(Stored):
+    """A run's state: master weights and Adam's moments."""
+
+    progress: Progress
+    optimizer_steps: Count
+    config: Config
+    corpora: tuple[CorpusIdentity, ...]  # of config.data, in its order
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return MASTER, FIRST_MOMENT, SECOND_MOMENT
+
+
+class ImportedManifest(Stored):
+    """Weights from elsewhere, without moments; their tokenizer lies in the folder `tokenizer` beside the manifest."""
+
+    imported_from: str
+    model: ModelConfig
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (MASTER,)
+
+
+AnyManifest = Manifest | ImportedManifest
+_Any: TypeAdapter[AnyManifest] = TypeAdapter(
+    Annotated[
+        Annotated[Manifest, Tag("run")] | Annotated[ImportedManifest, Tag("imported")],
+        Discriminator(lambda tree: "imported" if isinstance(tree, dict) and "imported_from" in tree else "run"),
+    ]
+)
+
+
+def write_manifest(folder: Path, manifest: Stored) -> None:
     """Manifest and checksum, on the disk when this returns."""
     content = manifest.model_dump_json(indent=1).encode()
     checksum = f"{hashlib.sha256(content).hexdigest()}  {FILE_NAME}\n".encode()
@@ -111,6 +160,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
+    """Of a run's checkpoint. Raises as `read_any_manifest`, and UserError: it holds imported weights."""
+    manifest = read_any_manifest(folder)
+    if isinstance(manifest, ImportedManifest):
+        raise UserError(
+            f"{folder}: holds weights imported from {manifest.imported_from}, not the state of a run; begin a run from "
+            "them (init_from=…)"
+        )
+    return manifest
+
+
+def read_any_manifest(folder: Path) -> AnyManifest:
     """Raises UserError: the folder cannot be read or has another format. DamagedError: the manifest is damaged."""
     path = folder / FILE_NAME
     try:
@@ -119,12 +179,12 @@ def read_manifest(folder: Path) -> Manifest:
         content, checksum = path.read_bytes(), (folder / CHECKSUM_NAME).open("rb").read(64)
         if hashlib.sha256(content).hexdigest().encode() != checksum:
             raise DamagedError(path, f"its checksum is not that of {CHECKSUM_NAME}")
-        manifest = Manifest.model_validate_json(content)
+        manifest = _Any.validate_json(content)
     except FileNotFoundError as error:
         raise DamagedError(Path(error.filename), "there is no such file") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"][1:]))] if part)
         raise DamagedError(path, f"{where}{first['msg']}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None

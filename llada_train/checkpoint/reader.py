@@ -8,12 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llada_train.checkpoint.manifest import FILE_NAME, DamagedError, FragmentEntry, Manifest, read_manifest
+from llada_train.checkpoint.manifest import (
+    FILE_NAME,
+    TOKENIZER,
+    AnyManifest,
+    DamagedError,
+    FragmentEntry,
+    Manifest,
+    read_any_manifest,
+    read_manifest,
+)
 from llada_train.checkpoint.store import missing_or_cut, resolve, whole_checkpoints
 from llada_train.checkpoint.tensor_file import ITEM, TensorFile, sha256
-from llada_train.model.sizes import FIRST_MOMENT, MASTER, SECOND_MOMENT, TensorSpec, slice_runs, tensor_specs
+from llada_train.config.schema import Config, ModelConfig
+from llada_train.model.sizes import MASTER, TensorSpec, slice_runs, tensor_specs
 
-KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 _OPEN_FILES = 64  # at once: a checkpoint may have more files than a process may open
 
 
@@ -23,19 +32,19 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Raises DamagedError: by its manifest and its files' sizes it does not hold every tensor once."""
         self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
-        self.config = self.manifest.config
+        self.manifest: AnyManifest = read_any_manifest(folder)
+        self.model: ModelConfig = self.manifest.model
         if problem := missing_or_cut(folder, self.manifest):
             raise problem
-        if self.config.model.num_layers > len(self.manifest.tensors):  # before a table of so many is made
+        if self.model.num_layers > len(self.manifest.tensors):  # before a table of so many is made
             raise self._damaged("it lists fewer tensors than its config's model has layers")
-        self.specs = tensor_specs(self.config.model)
+        self.specs = tensor_specs(self.model)
         self._files: dict[str, TensorFile] = {}
         if set(self.manifest.tensors) != set(self.specs):
             raise self._damaged("its tensors are not those of its own config's model")
         if any(f.file not in self.manifest.files for entries in self.manifest.tensors.values() for f in entries):
             raise self._damaged("a tensor lies in a file that is not listed")
-        if self.manifest.bytes < sum(spec.numel for spec in self.specs.values()) * len(KINDS) * ITEM:
+        if self.manifest.bytes < sum(spec.numel for spec in self.specs.values()) * len(self.manifest.kinds) * ITEM:
             raise self._damaged("its files are too small for its config's model")
         self._places = {name: self._places_of(name) for name in self.specs}
         self._sizes = self._tensors_of_files()
@@ -46,6 +55,21 @@ class Checkpoint:
     def __exit__(self, *exception: object) -> None:
         while self._files:
             self._files.popitem()[1].close()
+
+    @property
+    def config(self) -> Config:
+        """Of the run. Raises UserError: the weights are imported."""
+        return self.state.config
+
+    @property
+    def state(self) -> Manifest:
+        """Of the run. Raises UserError: the weights are imported."""
+        return self.manifest if isinstance(self.manifest, Manifest) else read_manifest(self.folder)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer."""
+        return self.config.data.tokenizer if isinstance(self.manifest, Manifest) else self.folder / TOKENIZER
 
     def verify(self, files: Iterable[str], on_bytes: Callable[[int], None] = lambda count: None) -> None:
         """Compare the files' checksums, and what tensors they hold, with the manifest.
@@ -101,7 +125,7 @@ class Checkpoint:
                 tensors = sizes[entry.file]
                 if f"{MASTER}/{name}" in tensors:
                     raise self._damaged(f"two fragments of {name} in {entry.file}")
-                tensors.update({f"{kind}/{name}": entry.stop - entry.start for kind in KINDS})
+                tensors.update({f"{kind}/{name}": entry.stop - entry.start for kind in self.manifest.kinds})
         return sizes
 
     def _damaged(self, problem: str) -> DamagedError:
@@ -114,13 +138,22 @@ def open_verified(
 ) -> Iterator[Checkpoint]:
     """The checkpoint that `path` names, or the newest of the run folder `path`, once every file has been compared.
 
+    `on_progress` gets (bytes compared, bytes in all).
+
     Raises:
         UserError: there is none.
         DamagedError: it is damaged; if another of the run's has all its files, that one is named.
     """
     folder = resolve(path)
     with naming_another(folder), Checkpoint(folder) as checkpoint:
-        checkpoint.verify(checkpoint.manifest.files)
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            on_progress(done, checkpoint.manifest.bytes)
+
+        checkpoint.verify(checkpoint.manifest.files, count)
         yield checkpoint
 
 

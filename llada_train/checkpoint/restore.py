@@ -81,16 +81,17 @@ def load(checkpoint: Checkpoint, engine: Engine) -> Progress:
     Raises:
         UserError: it is another model's.
     """
-    if checkpoint.config.model != engine.config.model:
-        lines = differences(checkpoint.config.model, engine.config.model)
+    state = checkpoint.state
+    if checkpoint.model != engine.config.model:
+        lines = differences(checkpoint.model, engine.config.model)
         raise UserError("\n  ".join([f"{checkpoint.folder}: another model (stored there → given now):", *lines]))
     engine.set_weights(lambda shard: checkpoint.read_runs(shard.name, MASTER, shard.runs()))
     for fragment in engine.fragments():
-        for kind, state in fragment.state.items():
+        for kind, tensor in fragment.state.items():
             if kind != MASTER:
-                state.copy_(checkpoint.read_runs(fragment.shard.name, kind, fragment.runs()))
-    engine.optimizer_steps = checkpoint.manifest.optimizer_steps
-    return checkpoint.manifest.progress
+                tensor.copy_(checkpoint.read_runs(fragment.shard.name, kind, fragment.runs()))
+    engine.optimizer_steps = state.optimizer_steps
+    return state.progress
 
 
 def _tell(damaged: list[DamagedError], folders: list[Path], sound: Path) -> None:

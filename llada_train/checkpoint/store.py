@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llada_train.checkpoint.manifest import FILE_NAME, DamagedError, Manifest, read_manifest
+from llada_train.checkpoint.manifest import FILE_NAME, DamagedError, Manifest, Stored, read_manifest
 from llada_train.config.errors import UserError
 
 FOLDER = "checkpoints"
@@ -79,7 +79,7 @@ def none_is_sound(root: Path, damaged: Sequence[DamagedError]) -> UserError:
     )
 
 
-def missing_or_cut(folder: Path, manifest: Manifest) -> DamagedError | None:
+def missing_or_cut(folder: Path, manifest: Stored) -> DamagedError | None:
     for name, entry in manifest.files.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None

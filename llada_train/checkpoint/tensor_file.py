@@ -5,50 +5,35 @@ shrinks under a reader is an error and not a signal.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from llada_train.checkpoint.manifest import Count, DamagedError, FileEntry
+from llada_train.checkpoint.header import header_bytes, read_header
+from llada_train.checkpoint.manifest import DamagedError, FileEntry
 from llada_train.config.errors import UserError
 
-MAX_HEADER = 1 << 26  # a rank of an 8B run that owns all of it has 50 KiB
 ITEM = 4  # bytes of an fp32
 _CHUNK = 1 << 22  # bytes that are hashed, written or read at once, without holding up the interpreter
 
 
-class _Entry(BaseModel):
-    """A tensor in the header. data_offsets: bytes from the header's end."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    dtype: Literal["F32"]
-    shape: tuple[Count]
-    data_offsets: tuple[Count, Count]
-
-
-_Header = TypeAdapter(dict[str, _Entry])
-
-
-def write_tensors(path: Path, sizes: Mapping[str, int], data: Tensor) -> FileEntry:
-    """Write tensors of so many elements that lie one after the other in `data` ([Σ sizes] fp32, on the CPU).
+def write_tensors(path: Path, sizes: Mapping[str, int], data: Iterable[Tensor]) -> FileEntry:
+    """Write tensors of so many elements, whose elements `data` gives one after the other (flat fp32, on the CPU).
 
     Returns when they are on the disk and have been read back.
 
     Raises:
         OSError: they are not.
     """
-    header = memoryview(_header(sizes))
+    header = memoryview(header_bytes({name: (elements,) for name, elements in sizes.items()}))
     written = hashlib.sha256()
     with path.open("wb") as file:
-        for chunk in (header, *_chunks(data)):
+        for chunk in chain([header], _chunks(data)):
             written.update(chunk)
             file.write(chunk)
         file.flush()
@@ -112,44 +97,23 @@ class TensorFile:
 
     def _read_header(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Where each tensor starts, in bytes from the file's start."""
-        file_size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if length > min(MAX_HEADER, file_size - 8):
-            raise DamagedError(self._path, f"a header of {length:,} bytes in a file of {file_size:,}")
         try:
-            header = _Header.validate_json(self._file.read(length))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            raise DamagedError(self._path, f"header: {where}{first['msg']}") from None
-        if {name: entry.shape[0] for name, entry in header.items()} != sizes:
+            header = read_header(self._file)
+        except ValueError as error:
+            raise DamagedError(self._path, str(error)) from None
+        flat = {name: (elements,) for name, elements in sizes.items()}
+        if {name: entry.shape for name, entry in header.items()} != flat:
             raise DamagedError(self._path, "its tensors are not those that the manifest lists")
-        end = 0
-        for entry in sorted(header.values(), key=lambda entry: entry.data_offsets):
-            if entry.data_offsets != (end, end + entry.shape[0] * ITEM):
-                raise DamagedError(self._path, "its tensors do not follow each other without gaps")
-            end = entry.data_offsets[1]
-        if 8 + length + end != file_size:
-            raise DamagedError(self._path, f"{file_size:,} bytes, but its header tells of {8 + length + end:,}")
-        return {name: 8 + length + entry.data_offsets[0] for name, entry in header.items()}
+        if foreign := next((name for name, entry in header.items() if entry.dtype != "F32"), None):
+            raise DamagedError(self._path, f"header: {foreign}: dtype: not F32")
+        return {name: entry.start for name, entry in header.items()}
 
 
-def _header(sizes: Mapping[str, int]) -> bytes:
-    """The length of the JSON as 8 bytes, then the JSON, padded so that the data starts at a multiple of 8."""
-    entries, start = {}, 0
-    for name, elements in sizes.items():
-        stop = start + elements * ITEM
-        entries[name] = {"dtype": "F32", "shape": [elements], "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _chunks(data: Tensor) -> Iterator[memoryview]:
-    content = _bytes(data)
-    for start in range(0, len(content), _CHUNK):
-        yield content[start : start + _CHUNK]
+def _chunks(data: Iterable[Tensor]) -> Iterator[memoryview]:
+    for part in data:
+        content = _bytes(part)
+        for start in range(0, len(content), _CHUNK):
+            yield content[start : start + _CHUNK]
 
 
 def _bytes(flat: Tensor) -> memoryview:

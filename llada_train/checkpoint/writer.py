@@ -229,7 +229,7 @@ class CheckpointWriter:
 
 def _write(path: Path, sizes: dict[str, int], buffer: Tensor) -> FileEntry:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_tensors(path, sizes, buffer)
+    return write_tensors(path, sizes, [buffer])
 
 
 def _could_not_be_written(folder: Path, problem: str) -> UserError:

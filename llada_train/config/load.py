@@ -12,7 +12,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from llada_train.config.errors import UserError
 from llada_train.config.rules import check_world_size, cross_section_problems
-from llada_train.config.schema import Config
+from llada_train.config.schema import Config, ModelConfig
 
 Location = tuple[int | str, ...]
 
@@ -88,6 +88,13 @@ def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """One line for each setting that differs: `key: old → new`."""
     a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     return [f"{key}: {a.get(key)} → {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+
+
+def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """`differences` in the tensors: a run may know fewer ids than there are rows, as long as there are as many rows."""
+    if stored.padded_vocab_size == wanted.padded_vocab_size:
+        stored = stored.model_copy(update={"vocab_size": wanted.vocab_size})
+    return differences(stored, wanted)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,51 +1,66 @@
-"""Import from Hugging Face format: an exported or released LLaDA folder as initial weights."""
+"""Import from Hugging Face format: an exported or released folder as initial weights. Its code is never run."""
 
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from ruamel.yaml import YAML
 from torch import Tensor
 
+from llada_train.checkpoint.header import Entry, read_header
+from llada_train.checkpoint.manifest import FORMAT, TOKENIZER, FragmentEntry, ImportedManifest, write_manifest
+from llada_train.checkpoint.tensor_file import ITEM, write_tensors
 from llada_train.config.errors import UserError
+from llada_train.config.load import model_differences
 from llada_train.config.schema import ModelConfig
-from llada_train.convert.names import hf_names, hf_shapes, join
-from llada_train.convert.plain import llada_config
-from llada_train.model.hf.configuration_llada import LLaDAConfig
-from llada_train.model.sizes import tensor_specs
+from llada_train.convert.llada import LLADA
+from llada_train.convert.names import Family, sources
+from llada_train.convert.output import copy_tokenizer, new_folder, output_problems
+from llada_train.data.tokenizer import Tokenizer
+from llada_train.model.sizes import MASTER, tensor_specs
+
+FAMILIES: dict[str, Family] = {LLADA.model_type: LLADA}
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# The settings of ModelConfig and the keys of config.json that must agree.
-_SIZES = {
-    "num_layers": "n_layers",
-    "hidden_size": "d_model",
-    "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads",
-    "ffn_hidden_size": "mlp_hidden_size",
-    "vocab_size": "embedding_size",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-}
-_LISTED = 10
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # each of their values is an fp32
+_CHUNK = 1 << 21  # elements read at once
+_FILE_BYTES = 4 * 10**9  # of imported weights: several ranks compare several files at once
+_LISTED = 50
 
 
 class HfWeights:
-    """The global tensors of a LLaDA folder in Hugging Face format, read one at a time; a context manager."""
+    """The global tensors of a folder in Hugging Face format, read in pieces; a context manager."""
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
-        """Check config.json and every tensor's name and shape against `model`, by the files' headers alone.
+    def __init__(self, folder: Path, model: ModelConfig | None = None, problems: Sequence[str] = ()) -> None:
+        """Check config.json and every tensor's name, shape and dtype, by the files' headers alone.
+
+        `model`: what a run wants them for. `problems`: what else is known to be wrong, to be told together.
 
         Raises:
-            UserError: no such folder, not a LLaDA, cut files, or another model than `model`; all differences listed.
+            UserError: not a model that can be trained here, cut or missing files, tensors that are not those of
+                config.json, or another model than `model`; all of it is listed.
         """
-        self._model = model
-        self._check_config(folder)
+        self.folder = folder
+        _check_is_folder(folder)
+        found = list(problems)
         with ExitStack() as stack:
-            self._files = _open_tensors(_safetensors_files(folder), stack)
-            self._check_tensors(folder)
+            self._tensors = _open_tensors(folder, stack, found)
+            config = _read_json(folder / "config.json", found)
+            if config is not None and (understood := _understand(folder, config, found)):
+                self._family, self.model = understood
+                found += self._wrong_tensors()
+                found += [] if model is None else _another_model(self.model, model)
+            if found:
+                raise _refusal(folder, found)
             self._stack = stack.pop_all()
+        self._sources = sources(self._family, self.model)
+        if model is not None:
+            self.model = model  # which may leave out rows that only pad the vocabulary
 
     def __enter__(self) -> "HfWeights":
         return self
@@ -54,76 +69,210 @@ class HfWeights:
         self._stack.close()
 
     def names(self) -> list[str]:
-        return list(tensor_specs(self._model))
+        return list(tensor_specs(self.model))
 
     def read(self, name: str) -> Tensor:
         """Our global tensor `name`, fp32."""
-        pieces = [self._files[theirs].get_tensor(theirs).to(torch.float32) for theirs in hf_names(name)]
-        return join(name, pieces, self._model)
+        spec = tensor_specs(self.model)[name]
+        out, filled = torch.empty(spec.numel), 0
+        for part in self.chunks(name):
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+        return out.view(spec.shape)
 
-    def _check_tensors(self, folder: Path) -> None:
-        expected = hf_shapes(self._model)
-        problems = [f"{name}: missing" for name in expected if name not in self._files]
-        for name, file in self._files.items():
-            shape = tuple(file.get_slice(name).get_shape())
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The elements of our global tensor `name` in order, a few million at a time; flat fp32."""
+        for _, length, theirs, offset in self._sources[name]:
+            for done in range(0, length, _CHUNK):
+                yield self._elements(theirs, offset + done, min(_CHUNK, length - done))
+
+    def _elements(self, theirs: str, start: int, count: int) -> Tensor:
+        file, entry = self._tensors[theirs]
+        out = torch.empty(count, dtype=_DTYPES[entry.dtype])
+        content = out.view(torch.uint8).numpy().data
+        try:
+            file.seek(entry.start + start * out.itemsize)
+            read = file.readinto(content)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise UserError(f"{file.name}: cannot be read: {error.strerror}") from None
+        if read != len(content):
+            raise UserError(f"{file.name}: has been cut while it was read")
+        return out.float()
+
+    def _wrong_tensors(self) -> list[str]:
+        expected = {theirs: piece.shape for theirs, piece in self._family.pieces(self.model).items()}
+        wrong = [f"{name}: missing" for name in expected if name not in self._tensors]
+        for name, (_, entry) in self._tensors.items():
             if name not in expected:
-                problems.append(f"{name}: not a tensor of this model")
-            elif shape != expected[name]:
-                problems.append(f"{name}: shape {list(shape)}, the config's is {list(expected[name])}")
-        if problems:
-            more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-            lines = "".join(f"\n  {problem}" for problem in problems[:_LISTED] + more)
-            raise UserError(f"{folder}: its tensors are not those of the config's model:{lines}")
+                wrong.append(f"{name}: not a tensor of the model that config.json describes")
+                continue
+            if entry.shape != expected[name]:
+                wrong.append(f"{name}: shape {list(entry.shape)}, by config.json {list(expected[name])}")
+            if entry.dtype not in _DTYPES:
+                wrong.append(f"{name}: dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+        return wrong
 
-    def _check_config(self, folder: Path) -> None:
-        path = folder / "config.json"
-        theirs = _read_json(path)
-        if theirs.get("model_type") != "llada":
-            raise UserError(f"{path}: model_type is {theirs.get('model_type')!r}, expected 'llada'")
+
+def from_hf(folder: Path, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> ModelConfig:
+    """Write the weights as a checkpoint to begin runs from, and return the sizes of their model.
+
+    The new folder `out` holds fp32 weights, the tokenizer and `model.yaml`, and appears only when complete. Memory
+    holds a few million elements at a time. `on_progress` gets (bytes written, bytes in all).
+
+    Raises:
+        UserError: the folder or its tokenizer do not fit, or `out` cannot be made; all that is wrong is listed.
+    """
+    _check_is_folder(folder)
+    problems = [*output_problems(out, 0), *_tokenizer_problems(folder)]
+    with HfWeights(folder, problems=problems) as weights, ExitStack() as stack:
+        total = sum(spec.numel for spec in tensor_specs(weights.model).values()) * ITEM
+        if problems := output_problems(out, total):
+            raise _refusal(folder, problems)
+        partial = stack.enter_context(new_folder(out))
+        _write_weights(weights, partial, lambda done: on_progress(done, total))
+        copy_tokenizer(folder, partial / TOKENIZER)
+        with (partial / "model.yaml").open("w", encoding="utf-8") as file:
+            YAML(typ="rt").dump(weights.model.model_dump(mode="json"), file)
+        return weights.model
+
+
+def _check_is_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one in Hugging Face format, downloaded before")
+
+
+def _write_weights(weights: HfWeights, folder: Path, on_bytes: Callable[[int], None]) -> None:
+    specs, done = tensor_specs(weights.model), 0
+
+    def counted(names: Sequence[str]) -> Iterator[Tensor]:
+        nonlocal done
+        for name in names:
+            for part in weights.chunks(name):
+                yield part
+                done += part.nbytes
+                on_bytes(done)
+
+    files, tensors = {}, {}
+    for number, names in enumerate(_grouped({name: spec.numel * ITEM for name, spec in specs.items()})):
+        file = f"weights-{number:05d}.safetensors"
+        sizes = {f"{MASTER}/{name}": specs[name].numel for name in names}
+        files[file] = write_tensors(folder / file, sizes, counted(names))
+        for name in names:
+            tensors[name] = [FragmentEntry(file=file, index=0, count=1, start=0, stop=specs[name].numel)]
+    manifest = ImportedManifest(
+        format=FORMAT,
+        saved=datetime.now(UTC),
+        versions={"llada-train": version("llada-train")},
+        imported_from=weights.folder.absolute().name,
+        model=weights.model,
+        files=files,
+        tensors=tensors,
+    )
+    write_manifest(folder, manifest)
+
+
+def _grouped(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names in order, in groups of at most _FILE_BYTES or a single one."""
+    groups: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > _FILE_BYTES:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
+
+
+def _open_tensors(folder: Path, stack: ExitStack, problems: list[str]) -> dict[str, tuple[IO[bytes], Entry]]:
+    """The open file that holds each tensor, and where."""
+    tensors: dict[str, tuple[IO[bytes], Entry]] = {}
+    weight_map = _weight_map(folder, problems)
+    for name in [_SINGLE] if weight_map is None else sorted(set(weight_map.values())):
         try:
-            found = LLaDAConfig(**theirs)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from None
-        wanted = llada_config(self._model)
-        lines = [
-            f"\n  {key} is {getattr(found, key)}, model.{ours} asks for {getattr(wanted, key)}"
-            for ours, key in _SIZES.items()
-            if getattr(found, key) != getattr(wanted, key)
-        ]
-        if lines:
-            raise UserError(f"{path}: another model than the config's; change one of them:{''.join(lines)}")
-
-
-def _open_tensors(files: list[Path], stack: ExitStack) -> dict[str, Any]:
-    """The open file that holds each tensor."""
-    tensors: dict[str, Any] = {}
-    for path in files:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from None
-        tensors |= dict.fromkeys(file.keys(), file)
+            file = stack.enter_context((folder / name).open("rb"))
+            header = read_header(file)
+        except FileNotFoundError:
+            problems.append(f"{name}: the file is missing; copy or download it again")
+            continue
+        except (OSError, ValueError) as error:
+            problems.append(f"{name}: cut or damaged ({error}); copy or download it again")
+            continue
+        for tensor, entry in header.items():
+            if weight_map is not None and weight_map.get(tensor) != name:
+                problems.append(f"{tensor}: in {name}, where {_INDEX} does not have it")
+            tensors[tensor] = file, entry
     return tensors
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    if (folder / _SINGLE).exists():
-        return [folder / _SINGLE]
+def _weight_map(folder: Path, problems: list[str]) -> dict[str, str] | None:
+    """The file of each tensor by the index; None: all are in one."""
     if not (folder / _INDEX).exists():
-        raise UserError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}; only safetensors are read")
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{folder / _INDEX}: has no weight_map; copy or download it again")
-    return sorted({folder / str(file) for file in weight_map.values()})
+        if not (folder / _SINGLE).exists():
+            problems.append(f"neither {_SINGLE} nor {_INDEX}: only safetensors are read")
+            return {}
+        return None
+    index = _read_json(folder / _INDEX, problems)
+    weight_map = (index or {}).get("weight_map", {})
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        problems.append(f"{_INDEX}: weight_map has to give each tensor the name of a file beside it")
+        return {}
+    return weight_map
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _understand(folder: Path, config: dict[str, Any], problems: list[str]) -> tuple[Family, ModelConfig] | None:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        known = ", ".join(repr(model_type) for model_type in FAMILIES)
+        problems.append(
+            f"config.json: model_type is {config.get('model_type')!r} ({config.get('architectures')}), expected {known}"
+            "; another family's weights, such as a causal model's, are not a LLaDA's"
+        )
+        return None
+    try:
+        return family, family.model_config(config)
+    except ValueError as error:
+        problems += [f"config.json: {line}" for line in str(error).splitlines()]
+        return None
+
+
+def _another_model(theirs: ModelConfig, wanted: ModelConfig) -> list[str]:
+    lines = model_differences(theirs, wanted)
+    return [f"another model than the config's: model.{line} (stored there → given now)" for line in lines]
+
+
+def _tokenizer_problems(folder: Path) -> list[str]:
+    """A tokenizer has to be there, and its special tokens have to be config.json's."""
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except UserError as error:
+        return [str(error)]
+    config = _read_json(folder / "config.json", []) or {}
+    wrong = [
+        f"config.json: {key} is {config[key]}, but the tokenizer's is {ours}"
+        for key, ours in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id))
+        if config.get(key) not in (None, ours)
+    ]
+    rows = config.get("embedding_size") or config.get("vocab_size")
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+        wrong.append(f"tokenizer.json: {tokenizer.vocab_size} ids, but the embedding has {rows} rows")
+    return wrong
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a folder in Hugging Face format") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        problems.append(f"{path.name}: no such file; give a folder in Hugging Face format")
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: cannot be read: {error}")
+        return None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
+        problems.append(f"{path.name}: expected a JSON object")
+        return None
     return value
+
+
+def _refusal(folder: Path, problems: Sequence[str]) -> UserError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    more = [f"… and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+    return UserError("\n  ".join([f"{folder}: {count}, nothing was done:", *problems[:_LISTED], *more]))

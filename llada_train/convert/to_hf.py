@@ -2,105 +2,116 @@
 
 import inspect
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from llada_train.checkpoint.header import header_bytes
+from llada_train.checkpoint.reader import Checkpoint
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
-from llada_train.convert.names import GlobalWeights, hf_shapes
-from llada_train.convert.plain import hf_tensors, llada_config
-from llada_train.data.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE, TOKENIZER_FILE, Tokenizer
-from llada_train.model.hf import configuration_llada, modeling_llada
+from llada_train.convert.card import model_card
+from llada_train.convert.llada import LLADA
+from llada_train.convert.names import Family, Piece, Run, SpecialTokens
+from llada_train.convert.output import bos_id, copy_tokenizer, new_folder, output_problems
+from llada_train.data.tokenizer import Tokenizer
+from llada_train.model.sizes import MASTER
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    SENTENCEPIECE_FILE,
-    CONFIG_FILE,
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+# As an argument names it, as a safetensors header does, and as torch does.
+_DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
+_CHUNK = 1 << 21  # elements converted at once
 
 
 def to_hf(
-    weights: GlobalWeights,
-    config: Config,
+    checkpoint: Checkpoint,
     out: Path,
     dtype: str = "bf16",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    max_shard_bytes: int = 2 * 10**9,
+    max_shard_bytes: int = 5 * 10**9,
+    family: Family = LLADA,
 ) -> None:
-    """Write weights, config, tokenizer and modelling code to the new folder `out`; it appears only when complete.
+    """Write weights, config, tokenizer, modelling code and a model card to the new folder `out`.
 
-    `dtype` of the weights: bf16, as LLaDA's release, or fp32.
-
-    Memory holds one shard and one of our tensors at a time. `on_progress` gets (tensors written, tensors in all).
+    It appears only when complete. `dtype` of the weights: bf16, as LLaDA's release, or fp32. Memory holds a few million
+    elements at a time. `on_progress` gets (bytes written, bytes in all).
 
     Raises:
-        UserError: `out` exists already or cannot be written, the run's tokenizer cannot be read, or another dtype.
+        UserError: `out` exists already or cannot be written, the run's tokenizer cannot be read, or another dtype; all
+            that is wrong is listed.
+        DamagedError: a file of the checkpoint is cut.
     """
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype!r}: give one of {', '.join(_DTYPES)}")
-    if out.exists():
-        raise UserError(f"{out}: exists already; give a new folder, or remove it first")
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    partial = out.with_name(out.name + ".partial")
+    problems = [] if dtype in _DTYPES else [f"dtype {dtype!r}: give one of {', '.join(_DTYPES)}"]
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        partial.mkdir(parents=True)
-        _write_weights(weights, config, partial, _DTYPES[dtype], on_progress, max_shard_bytes)
-        _write_description(config, tokenizer, partial, _DTYPES[dtype])
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_weights(
-    weights: GlobalWeights,
-    config: Config,
-    folder: Path,
-    dtype: torch.dtype,
-    on_progress: Callable[[int, int], None],
-    max_shard_bytes: int,
-) -> None:
-    shapes = hf_shapes(config.model)
+        tokenizer = Tokenizer.load(checkpoint.tokenizer)
+    except UserError as error:
+        problems.append(str(error))
+    label, torch_dtype = _DTYPES.get(dtype, _DTYPES["fp32"])
+    pieces = family.pieces(checkpoint.model)
     plan = split_torch_state_dict_into_shards(
-        {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()},
+        {name: torch.empty(piece.shape, dtype=torch_dtype, device="meta") for name, piece in pieces.items()},
         max_shard_size=max_shard_bytes,
     )
-    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in plan.filename_to_tensors}
-    for done, (name, tensor) in enumerate(hf_tensors(weights, config.model, dtype), start=1):
-        file = plan.tensor_to_filename[name]
-        waiting[file][name] = tensor
-        if len(waiting[file]) == len(plan.filename_to_tensors[file]):
-            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
-        on_progress(done, len(shapes))
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    total: int = plan.metadata["total_size"]
+    problems += output_problems(out, total)
+    if problems:
+        raise UserError("\n  ".join(["nothing was written:", *problems]) if problems[1:] else problems[0])
+    done = 0
+    with new_folder(out) as folder:
+        for file, names in plan.filename_to_tensors.items():
+            shapes = {name: pieces[name].shape for name in names}
+            with (folder / file).open("wb") as stream:
+                stream.write(header_bytes(shapes, label, {"format": "pt"}))
+                for part in _parts(checkpoint, [pieces[name] for name in names]):
+                    stream.write(part.to(torch_dtype).view(torch.uint8).numpy().data)
+                    done += part.numel() * torch_dtype.itemsize
+                    on_progress(done, total)
+                stream.flush()
+                os.fsync(stream.fileno())
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            _write(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        config = family.hf_config(checkpoint.model, SpecialTokens(tokenizer.mask_id, tokenizer.eos_id))
+        config.dtype = torch_dtype
+        config.save_pretrained(folder)
+        for module in family.code:
+            source = Path(inspect.getfile(module))
+            shutil.copyfile(source, folder / source.name)
+        copy_tokenizer(checkpoint.tokenizer, folder)
+        GenerationConfig(
+            bos_token_id=bos_id(folder),
+            eos_token_id=tokenizer.eos_id,
+            pad_token_id=tokenizer.eos_id,
+        ).save_pretrained(folder)
+        _write(folder / "README.md", model_card(out.name, checkpoint.manifest, dtype))
 
 
-def _write_description(config: Config, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    hf_config = llada_config(config.model, mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id)
-    hf_config.dtype = dtype
-    hf_config.save_pretrained(folder)
-    GenerationConfig(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id).save_pretrained(folder)
-    for module in (configuration_llada, modeling_llada):
-        source = Path(inspect.getfile(module))
-        shutil.copyfile(source, folder / source.name)
-    if config.data.tokenizer.is_file():  # a sentencepiece model
-        shutil.copyfile(config.data.tokenizer, folder / SENTENCEPIECE_FILE)
-        (folder / CONFIG_FILE).write_text("{}\n", encoding="utf-8")
-    for name in _TOKENIZER_FILES:
-        if (source := config.data.tokenizer / name).exists():
-            shutil.copyfile(source, folder / name)
+def _parts(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> Iterator[Tensor]:
+    """The elements of their tensors, one after the other, a few million at a time; flat fp32."""
+    for piece in pieces:
+        for runs in _cut(piece.runs):
+            yield checkpoint.read_runs(piece.name, MASTER, runs)
+
+
+def _cut(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """The same ranges in groups of at most _CHUNK elements."""
+    group: list[Run] = []
+    room = _CHUNK
+    for start, length in runs:
+        while length:
+            count = min(length, room)
+            group.append((start, count))
+            start, length, room = start + count, length - count, room - count
+            if not room:
+                yield group
+                group, room = [], _CHUNK
+    if group:
+        yield group
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

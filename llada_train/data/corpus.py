@@ -3,6 +3,8 @@
 PREFIX.json, the manifest, is ours; corpora made by Megatron's tools have none.
 """
 
+import contextlib
+import fcntl
 import glob
 import hashlib
 import os
@@ -116,18 +118,31 @@ class CorpusWriter:
             raise ValueError(f"no integer dtype of Megatron's format: {self.dtype}")
 
     def __enter__(self) -> Self:
-        """
+        """Waits for another process that writes the same corpus.
+
         Raises:
             UserError: the folder cannot be made or written to.
         """
         folder = self.prefix.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._bin = self._partial(".bin").open("wb")
+            self._bin = self._open_alone()
             self._lengths = TemporaryFile(dir=folder)
         except OSError as error:
             raise UserError(f"{self.prefix}: cannot be written: {error.strerror}") from None
         return self
+
+    def _open_alone(self) -> BinaryIO:
+        """Two that write one file at once would leave a file of neither."""
+        path = self._partial(".bin")
+        while True:
+            file = path.open("ab")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else the other has just given it its name
+                    file.truncate(0)
+                    return file
+            file.close()
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Append one document of token ids [n].
@@ -174,14 +189,17 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        committed = False
         try:
             if kind is None:
                 self._commit()
+                committed = True
         finally:
+            if not committed:  # else what has these names now is another's
+                for suffix in (".idx", ".bin"):
+                    self._partial(suffix).unlink(missing_ok=True)
             self._lengths.close()
             self._bin.close()
-            for suffix in (".bin", ".idx"):
-                self._partial(suffix).unlink(missing_ok=True)
 
     def _partial(self, suffix: str) -> Path:
         return _with_suffix(self.prefix, f"{suffix}.partial")

@@ -4,6 +4,8 @@ Nothing is memory-mapped: a file that is cut under a memory map ends the process
 """
 
 import errno
+import fnmatch
+import glob
 import os
 import random
 import resource
@@ -53,16 +55,29 @@ def exists(path: str) -> bool:
 
 
 def matches(pattern: str) -> list[str]:
-    """The paths that fit a pattern with `*`, `?` or `[…]`, sorted.
+    """The paths that fit a pattern with `*`, `?` or `[…]` (of one level each), sorted; no hidden ones.
 
     Raises:
         UserError: the storage cannot be asked.
     """
-    system, inner = _file_system(pattern)
-    # A folder that cannot be listed must not make the list shorter; object stores have no folders.
-    options = {} if is_remote(pattern) else {"on_error": "raise"}
-    found = _patiently(pattern, lambda: system.glob(inner, **options))
-    return sorted(system.unstrip_protocol(path) if is_remote(pattern) else path for path in found)
+    if is_remote(pattern):
+        system, inner = _file_system(pattern)
+        return sorted(system.unstrip_protocol(path) for path in _patiently(pattern, lambda: system.glob(inner)))
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    found = [Path(*parts[:first])]
+    for part in parts[first:]:
+        found = [path for folder in found if folder.is_dir() for path in _entries(folder, part)]
+    return sorted(map(str, found))
+
+
+def _entries(folder: Path, pattern: str) -> list[Path]:
+    """Unlike glob's, not a shorter list where the folder cannot be read."""
+    try:
+        names = fnmatch.filter((path.name for path in folder.iterdir()), pattern)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}; mend its permissions") from None
+    return [folder / name for name in names if not name.startswith(".")]
 
 
 def open_file(path: str) -> File:

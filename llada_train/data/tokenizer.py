@@ -41,7 +41,7 @@ class Tokenizer:
         """Read a tokenizer folder, or a sentencepiece model.
 
         Raises:
-            UserError: the folder or a file is missing or broken, or there is no mask or EOS token.
+            UserError: the folder or a file is missing or broken, there is no mask or EOS token, or text can produce it.
         """
         files = TokenizerFiles.read(path)
         eos_token, mask_token = files.special_token("eos_token"), files.special_token("mask_token")
@@ -51,6 +51,13 @@ class Tokenizer:
         else:
             assert files.sentencepiece is not None
             backend = files.sentencepiece
+        for key, token in (("eos_token", eos_token), ("mask_token", mask_token)):
+            # As unigram and word-level models do, and BPE that takes whole words from its vocabulary.
+            if any(backend.vocab[token] in ids for ids in backend.encode_batch([token, f"a{token}a", f"a {token} a"])):
+                raise UserError(
+                    f"{path}: text can produce the {key.replace('_', ' ')}, {token!r}; let {path / CONFIG_FILE} name "
+                    f"one that is new as its {key}, and add it by `llada-data add-mask-token {path} --output FOLDER`"
+                )
         return cls(backend, eos_token, mask_token, hashlib.sha256(files.data).hexdigest())
 
     @property
@@ -119,6 +126,8 @@ class TokenizerFiles:
             UserError: a file is missing or broken.
         """
         if path.is_file():
+            if path.name == TOKENIZER_FILE:
+                raise UserError(f"{path}: give the folder that it lies in, {path.parent}")
             return cls(path, _read(path.parent, path.name), {}, is_sentencepiece=True)
         is_sentencepiece = not (path / TOKENIZER_FILE).exists() and (path / SENTENCEPIECE_FILE).exists()
         data = _read(path, SENTENCEPIECE_FILE if is_sentencepiece else TOKENIZER_FILE)

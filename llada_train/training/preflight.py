@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_train.checkpoint.manifest import read_manifest
+from llada_train.checkpoint.manifest import read_any_manifest
 from llada_train.checkpoint.store import is_hf_folder, resolve
 from llada_train.config.errors import UserError
-from llada_train.config.load import differences, load_config
+from llada_train.config.load import load_config, model_differences
 from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.rows import PretrainingData
@@ -95,6 +95,6 @@ def check_corpora(run: RunFolder, data: PretrainingData) -> None:
 
 
 def _check_checkpoint(path: Path, model: ModelConfig) -> None:
-    lines = differences(read_manifest(resolve(path)).config.model, model)
+    lines = model_differences(read_any_manifest(resolve(path)).model, model)
     if lines:
         raise UserError("\n  ".join([f"init_from {path}: another model (stored there → given now):", *lines]))

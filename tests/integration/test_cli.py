@@ -26,7 +26,7 @@ def test_help_imports_nothing_heavy_and_answers_at_once(module: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["pretrain", "convert to-hf", "sample", "evaluate"],
+    ["pretrain", "convert to-hf", "convert from-hf", "sample", "evaluate"],
 )
 def test_every_command_explains_itself(run_command: Run, command: str) -> None:
     done = run_command("llada_train.cli", *command.split(), "--help")
@@ -39,6 +39,7 @@ def test_every_command_explains_itself(run_command: Run, command: str) -> None:
     [
         (["pretrain", "no-such.yaml"], "no-such.yaml: no such config file"),
         (["convert", "to-hf", "nowhere", "out"], "nowhere: neither a checkpoint"),
+        (["convert", "from-hf", "nowhere", "out"], "nowhere: no such folder"),
         (["sample", "nowhere", "--prompt", "a"], "nowhere: neither a checkpoint"),
         (["sample", "nowhere"], "give either --prompt or --infill"),
         (["evaluate", "nowhere"], "nowhere: neither a checkpoint"),

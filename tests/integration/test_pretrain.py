@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llada_train.checkpoint.store import FOLDER, checkpoints
 from llada_train.config.load import load_config
+from llada_train.convert.from_hf import from_hf
 from llada_train.training.metrics import CURVES_FILE, TENSORBOARD_FOLDER, read_metrics
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -112,11 +113,12 @@ def test_initial_weights_from_a_checkpoint_or_a_hugging_face_folder(
     )
     one_step = [{"until_tokens": 16 * 32, "end": 0.0}]
     first = {}
-    for name, path in [("run", source), ("hf", tmp_path / "hf")]:
+    from_hf(tmp_path / "hf", tmp_path / "imported")
+    for name, path in [("run", source), ("hf", tmp_path / "hf"), ("imported", tmp_path / "imported")]:
         folder = tmp_path / f"from-{name}"
         folder.mkdir()
         config = write_config(tiny_data, folder, init_from=str(path), optimizer__learning_rate=one_step)
         start(config)
         first[name] = losses_and_norms(config)
-    assert first["run"] == first["hf"]
+    assert first["run"] == first["hf"] == first["imported"]
     assert first["hf"][0][0] < 0.7 * losses_and_norms(finished[0])[0][0]

@@ -4,30 +4,22 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Switches that the released config.json carries and that this code implements for one value each.
-_ONLY: dict[str, Any] = {
+# Switches of the released config.json that this code, and LLaDA's training, implement for one value each.
+SWITCHES: dict[str, Any] = {
     "activation_type": "silu",
     "alibi": False,
-    "alibi_bias_max": 8.0,
     "attention_dropout": 0.0,
     "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
     "bias_for_layer_norm": False,
     "block_group_size": 1,
     "block_type": "llama",
     "embedding_dropout": 0.0,
-    "flash_attention": False,
     "include_bias": False,
     "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
     "input_emb_norm": False,
     "layer_norm_type": "rms",
     "layer_norm_with_affine": True,
     "multi_query_attention": None,
-    "precision": "amp_bf16",
     "residual_dropout": 0.0,
     "rope": True,
     "rope_full_precision": True,
@@ -35,13 +27,25 @@ _ONLY: dict[str, Any] = {
     "use_cache": False,
     "weight_tying": False,
 }
+# Keys of the released config.json that change nothing here: they choose kernels, or how training began.
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "alibi_bias_max": 8.0,
+    "attention_layer_norm_with_affine": True,
+    "flash_attention": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "precision": "amp_bf16",
+}
 
 
 class LLaDAConfig(PretrainedConfig):
     """Sizes of a LLaDA transformer; the defaults are LLaDA-8B's (paper Tab. 5).
 
     Raises:
-        ValueError: a key of the released format asks for something that LLaDA does not use, such as weight tying.
+        ValueError: a key of the released format asks for something that LLaDA does not use, such as weight
+            tying or a cache; all such keys are named.
     """
 
     model_type = "llada"
@@ -86,11 +90,15 @@ class LLaDAConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.mask_token_id = mask_token_id
         kwargs.setdefault("weight_tying", kwargs.pop("tie_word_embeddings", False))
-        for key, only in _ONLY.items():
-            value = kwargs.pop(key, only)
-            if value != only:
-                raise ValueError(f"LLaDAConfig: {key}={value!r} is not supported, only {only!r}")
-            setattr(self, key, value)
+        for key, default in (SWITCHES | _WITHOUT_EFFECT).items():
+            setattr(self, key, kwargs.pop(key, default))
+        refused = [
+            f"{key}={getattr(self, key)!r} (only {only!r})"
+            for key, only in SWITCHES.items()
+            if getattr(self, key) != only
+        ]
+        if refused:
+            raise ValueError(f"LLaDAConfig: not supported: {', '.join(refused)}")
         self.auto_map = {
             "AutoConfig": "configuration_llada.LLaDAConfig",
             "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
@@ -98,4 +106,6 @@ class LLaDAConfig(PretrainedConfig):
         }
         kwargs.setdefault("architectures", ["LLaDAModelLM"])
         kwargs.pop("auto_map", None)
+        # Said aloud, since transformers 4 ties what does not say it.
+        kwargs["tie_word_embeddings"] = self.weight_tying
         super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)

@@ -4,11 +4,13 @@ It needs torch and transformers alone, so an exported folder carries this file a
 """
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_llada import LLaDAConfig
@@ -50,7 +52,7 @@ class ResidualLinear(nn.Linear):
         self.init_std = 1 / math.sqrt(2 * in_features * (layer + 1))
 
 
-class LLaDALlamaBlock(nn.Module):
+class LLaDALlamaBlock(GradientCheckpointingLayer):
     """h += attention(norm(h)); h += SwiGLU(norm(h))."""
 
     def __init__(self, config: LLaDAConfig, layer: int) -> None:
@@ -91,15 +93,42 @@ class LLaDATransformer(nn.Module):
         self.ln_f = RMSLayerNorm(config)
         self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=False)
 
-    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Embeddings [B, T, d_model], attention_mask [B, T] → logits [B, T, embedding_size]."""
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Embeddings [B, T, d_model], attention_mask [B, T] → logits [B, T, embedding_size].
+
+        `states` is given what each block reads, and last what the head reads, each [B, T, d_model].
+        """
         h = inputs_embeds
         angles = rotary_angles(self.config, h.shape[1], h.device)
         # [B, 1, 1, T]: the same keys for every head and query.
         visible = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         for block in self.blocks:
+            if states is not None:
+                states.append(h)
             h = block(h, angles, visible)
-        return self.ff_out(self.ln_f(h))
+        h = self.ln_f(h)
+        if states is not None:
+            states.append(h)
+        return self.ff_out(h)
+
+
+def mask_tokens(labels: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """LLaDA's noise (GUIDELINES.md of ML-GSAI/LLaDA): p = (1 − ε)u + ε with u ~ U[0, 1) for each row, ε = 0.001.
+
+    labels [B, T], −100 where no noise falls → labels with the mask id where a token is masked, which each is with
+    probability p, [B, T]; and the weights of their negative log-likelihoods, 1/p at masks and 0 elsewhere, fp32 [B, T].
+    """
+    p = (1 - 1e-3) * torch.rand(len(labels), 1, device=labels.device) + 1e-3
+    masked = (torch.rand(labels.shape, device=labels.device) < p) & (labels != -100)
+    return labels.masked_fill(masked, mask_token_id), masked / p
+
+
+def masked_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Σ weight · NLL of each row ÷ its number of labels, mean over the rows (paper Eq. 5); fp32, of [B, T, V]."""
+    nll = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return ((weights * nll).sum(-1) / (labels != -100).sum(-1).clamp(min=1)).mean()
 
 
 class LLaDAModel(nn.Module):
@@ -115,8 +144,10 @@ class LLaDAModelLM(PreTrainedModel):
 
     config_class = LLaDAConfig
     base_model_prefix = "model"
-    _no_split_modules = ("LLaDALlamaBlock",)
+    _no_split_modules = ["LLaDALlamaBlock"]  # noqa: RUF012 - accelerate wants a list
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over rows: Trainer averages it over its micro-batches
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
@@ -129,10 +160,13 @@ class LLaDAModelLM(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        labels: Tensor | None = None,
         past_key_values: object | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple[Tensor]:
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Logits [B, T, embedding_size] for every position; nothing is shifted.
 
         Args:
@@ -140,16 +174,29 @@ class LLaDAModelLM(PreTrainedModel):
             inputs_embeds: [B, T, d_model], in place of input_ids.
             attention_mask: [B, T], 0 where a position is padding, which nothing attends to. Padding counts as a
                 position: the first column is position 0 whatever it holds.
+            labels: [B, T] tokens to learn, −100 where input_ids are given (a prompt, padding). The model masks some of
+                them by torch's global generator and returns LLaDA's loss; logits are those of the masked ids.
             past_key_values, use_cache: refused; every position sees every other one, so no key stays valid.
+            output_attentions: refused; they are never formed.
+            output_hidden_states: [B, T, d_model] each: what the blocks read, and what the head reads.
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: a cache was asked for; not exactly one of input_ids and inputs_embeds; T > max_sequence_length.
+            ValueError: a cache or attentions were asked for; not exactly one of input_ids and inputs_embeds; labels
+                without input_ids or without config.mask_token_id; T > max_sequence_length.
         """
         if use_cache or past_key_values is not None:
             raise ValueError("LLaDA attends in both directions: keys and values cannot be cached; set use_cache=False")
+        if output_attentions:
+            raise ValueError("LLaDA's attention weights are never formed; leave out output_attentions")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        weights = None
+        if labels is not None:
+            if input_ids is None or self.config.mask_token_id is None:
+                raise ValueError("labels need input_ids and config.mask_token_id: the model masks the labelled tokens")
+            noised, weights = mask_tokens(labels, self.config.mask_token_id)
+            input_ids = torch.where(labels == -100, input_ids, noised)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if inputs_embeds.shape[1] > self.config.max_sequence_length:
@@ -157,10 +204,27 @@ class LLaDAModelLM(PreTrainedModel):
                 f"{inputs_embeds.shape[1]} tokens are more than the model's max_sequence_length "
                 f"{self.config.max_sequence_length}"
             )
-        logits = self.model.transformer(inputs_embeds, attention_mask)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return CausalLMOutputWithPast(logits=logits) if return_dict else (logits,)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        logits = self.model.transformer(inputs_embeds, attention_mask, states)
+        output = CausalLMOutputWithPast(
+            loss=None if labels is None or weights is None else masked_loss(logits, labels, weights),
+            logits=logits,
+            hidden_states=None if states is None else tuple(states),
+        )
+        return output if return_dict or (return_dict is None and self.config.return_dict) else output.to_tuple()
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False
+
+    def generate(self, *_: object, **__: object) -> NoReturn:
+        """Raises NotImplementedError: `generate` goes from left to right."""
+        raise NotImplementedError(
+            "LLaDA does not write from left to right, so it has no generate(): begin with mask tokens and fill them in "
+            "step by step, as `llada-train sample` does"
+        )
+
+    prepare_inputs_for_generation = generate  # peft asks for it
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.transformer.wte

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,50 @@ def test_manifest_faults(prefix: Path, text: str, message: str) -> None:
     Path(f"{prefix}.json").write_text(text)
     with pytest.raises(UserError, match=message):
         _ = Corpus(prefix).manifest
+
+
+def test_manifests_of_a_pattern(tmp_path: Path) -> None:
+    """They are added up; one that was made with another tokenizer is named, though others have none."""
+    parts = [tmp_path / f"part-{name}" for name in "abc"]
+    for part in parts:
+        write(part, DOCUMENTS)
+    assert Corpus(tmp_path / "part-*").manifest is None
+    MANIFEST.save(parts[0])
+    MANIFEST.save(parts[2])
+    assert Corpus(tmp_path / "part-*").manifest is None
+    assert list(Corpus(tmp_path / "part-*").manifests) == [str(parts[0]), str(parts[2])]
+    MANIFEST.save(parts[1])
+    both = Corpus(tmp_path / "part-*").manifest
+    assert both is not None
+    assert (both.documents, both.tokens, both.text_bytes) == (12, 24, 90)
+    assert both.made_with == MANIFEST.made_with
+    MANIFEST.model_copy(update={"tokenizer_fingerprint": "cd"}).save(parts[2])
+    with pytest.raises(UserError, match=r"part-c: was not tokenized like .*part-a"):
+        _ = Corpus(tmp_path / "part-*").manifest
+
+
+def test_a_path_may_have_brackets(tmp_path: Path) -> None:
+    (tmp_path / "web[1]").mkdir()
+    assert Corpus(write(tmp_path / "web[1]" / "c", DOCUMENTS)).num_documents == 4
+
+
+def test_a_folder_that_cannot_be_listed_does_not_make_a_smaller_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c", ".hidden"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "corpus", DOCUMENTS)
+    assert Corpus(tmp_path / "*" / "corpus").num_documents == Corpus(tmp_path / "[abc]" / "c*s").num_documents == 12
+    iterdir = Path.iterdir
+
+    def failing(path: Path) -> Iterator[Path]:
+        if path.name == "b":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    with pytest.raises(UserError, match=r"/b: cannot be listed: Input/output error"):
+        Corpus(tmp_path / "*" / "corp*")
 
 
 def test_missing_files_are_named(prefix: Path) -> None:

@@ -72,6 +72,39 @@ def test_shares(opened: Callable[..., PretrainingData], of: Any, overrides: Any,
     assert all(plan.epochs == pytest.approx(found[plan.name] / sizes[plan.name]) for plan in data.plan)
 
 
+def test_a_run_that_goes_on_keeps_its_temperature(opened: Callable[..., PretrainingData]) -> None:
+    """After a restart, and after samples that are passed over, where another phase begins later."""
+    schedule = [{"from_tokens": 2000, "global_batch_size": 8}]
+    data = opened({"a": {}, "b": {"weight": 3}}, data__temperature=2, schedule=schedule)
+    assert [phase.weights for phase in data.timeline.phases] == [(1.0, 1.5)] * 2
+    again = data.timeline_after(data.timeline.begun(32), 32)
+    assert again.phases == data.timeline.phases
+    passing = data.timeline.passing_over(32, 48)
+    assert len(passing.phases) == 3
+    assert {phase.weights for phase in passing.phases} == {(1.0, 1.5)}
+
+
+def test_tokens_that_the_mixture_cannot_give_are_refused(opened: Callable[..., PretrainingData]) -> None:
+    """In shares of 2^-20: a corpus always gets one of them."""
+    until = 2_000_000_000
+    of = {"a": {"tokens": until - 1000}, "b": {"tokens": 1000}}
+    data = opened(of, optimizer__learning_rate=[{"until_tokens": until, "end": 0.1}])
+    with pytest.raises(UserError, match=r"b: is to give 1,000 tokens of the run, but the mixture would take 1,\d\d\d"):
+        data.check()
+    of = {"a": {"tokens": until - 200_000}, "b": {"tokens": 200_000}}
+    opened(of, optimizer__learning_rate=[{"until_tokens": until, "end": 0.1}]).check()
+
+
+def test_no_file_belongs_to_two_corpora(
+    opened: Callable[..., PretrainingData], make_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What one holds out, the other would train on."""
+    opened({"a": {}, "b": {}})
+    for other in (f"{tmp_path}/[ab]", f"{tmp_path}/../{tmp_path.name}/a"):
+        with pytest.raises(UserError, match=rf"{tmp_path}/a\.bin belongs to .*/a and to .*; give each file once"):
+            PretrainingData(load_config(make_config(data__corpora=[{"path": str(tmp_path / "a")}, {"path": other}])))
+
+
 def test_the_plan_is_told(opened: Callable[..., PretrainingData]) -> None:
     data = opened({"a": {"weight": 3}, "b": {"weight": 1}})
     assert plan_lines(data.plan) == [
@@ -140,6 +173,22 @@ def test_documents_without_an_end_are_refused(make_config: Callable[..., Path], 
     data = PretrainingData(load_config(make_config(data__corpora=[{"path": str(tmp_path / "c")}])))
     assert data.tokenizer.eos_id == EOS
     with pytest.raises(UserError, match=r"c: document 0 does not end in the end-of-text token 1 \(1 of 16 looked at"):
+        data.check()
+
+
+def test_empty_documents_need_no_end(make_config: Callable[..., Path], tmp_path: Path) -> None:
+    with CorpusWriter(tmp_path / "c", np.uint16) as writer:
+        for document in ([], *[[5] * 40 + [EOS]] * 40, []):
+            writer.add_document(document)
+    PretrainingData(load_config(make_config(data__corpora=[{"path": str(tmp_path / "c")}]))).check()
+
+
+def test_the_last_document_of_each_file_is_looked_at(make_config: Callable[..., Path], tmp_path: Path) -> None:
+    for i in range(40):
+        with CorpusWriter(tmp_path / f"part-{i:02}", np.uint16) as writer:
+            writer.add_document([5] * 40 if i == 17 else [5] * 40 + [EOS])
+    data = PretrainingData(load_config(make_config(data__corpora=[{"path": str(tmp_path / "part-*")}])))
+    with pytest.raises(UserError, match=r"part-\*: document 17 does not end in the end-of-text token 1 \(1 of 40"):
         data.check()
 
 

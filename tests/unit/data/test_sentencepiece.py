@@ -31,6 +31,17 @@ def test_round_trip(folder: Path, text: str) -> None:
     assert not {tokenizer.mask_id, tokenizer.eos_id} & set(ids)
 
 
+def test_the_bytes_of_tokens_are_those_of_the_text(folder: Path) -> None:
+    """What `llada-data trace --find` searches; pieces of bytes, of words and of spaces."""
+    tokenizer = Tokenizer.load(folder)
+    for text in (*TEXTS, "a  b", "\U0001f600", SPECIAL_TEXT):
+        [ids] = tokenizer.encode_batch([text])
+        found = b"".join(tokenizer.token_bytes[id] for id in ids)
+        assert tokenizer.normalized(text).encode() in found
+        assert tokenizer.decode(ids).encode() == found.removeprefix(b" ")
+    assert tokenizer.token_bytes[tokenizer.eos_id] == tokenizer.token_bytes[tokenizer.mask_id] == b"\xff"
+
+
 def test_special_tokens(folder: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

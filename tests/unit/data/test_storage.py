@@ -1,5 +1,8 @@
 """Corpora in an object store: a real S3 server, on this machine."""
 
+import functools
+import http.server
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,6 +109,29 @@ def test_a_storage_that_does_not_answer_is_asked_again(bucket: object, monkeypat
     answers += [OSError("connection reset")] * storage.ATTEMPTS
     with pytest.raises(UserError, match=r"corpus\.bin: cannot be read, after 6 attempts: OSError: connection reset"):
         corpus.tokens(5, 50)
+
+
+def test_a_fault_is_not_a_missing_file(bucket: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    system, _ = fsspec.core.url_to_fs("s3://corpora")
+
+    def broken(*_: object, **__: object) -> object:
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(system, "info", broken)
+    with pytest.raises(UserError, match=r"corpus\.bin: cannot be read, after 6 attempts: OSError: connection reset"):
+        Corpus("s3://corpora/web/corpus")
+
+
+def test_a_server_that_ignores_ranges_is_refused(tiny_data: Path) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tiny_data))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_address[1]}/corpus"
+        with pytest.raises(UserError, match=r"corpus\.idx: its server ignores what range is asked for"):
+            Corpus(url)
+        with pytest.raises(UserError, match="a URL with a query has no place for"):
+            Corpus(f"{url}?signature=x")
+        web.shutdown()
 
 
 def test_many_files_may_be_open(tiny_data: Path, tmp_path: Path) -> None:

@@ -67,6 +67,27 @@ def test_text_never_becomes_a_token_that_was_not_marked_special(files: Path) -> 
     assert not {tokenizer.mask_id, tokenizer.eos_id} & set(ids)
 
 
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["<mask>", 0.0], ["a", -1.0]]}
+WORDS = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0, "</s>": 1, "<mask>": 2, "a": 3}}
+WHOLE_WORDS = {"type": "BPE", "ignore_merges": True, "merges": [], "vocab": {"a": 0, "</s>": 1, "<mask>": 2}}
+
+
+@pytest.mark.parametrize("model", [UNIGRAM, WORDS, WHOLE_WORDS])
+def test_a_tokenizer_that_makes_special_tokens_of_text_is_refused(tmp_path: Path, model: dict[str, object]) -> None:
+    backend = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    backend |= {"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": "</s>", "mask_token": "<mask>"}))
+    with pytest.raises(UserError, match=r"text can produce the eos token, '</s>'; let .* name one that is new"):
+        Tokenizer.load(tmp_path)
+    config.write_text(json.dumps({"eos_token": "<eos>", "mask_token": "<new>"}))  # as the message says
+    assert add_special_tokens(tmp_path, tmp_path / "new") == ["<eos>", "<new>"]
+    tokenizer = Tokenizer.load(tmp_path / "new")
+    [ids] = tokenizer.encode_batch(["a <eos> <new> a"])
+    assert not {tokenizer.eos_id, tokenizer.mask_id} & set(ids)
+
+
 def test_nothing_is_cut_padded_or_added(files: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
     backend.enable_truncation(3)
@@ -93,11 +114,11 @@ def test_we_read_what_transformers_writes(folder: Path, tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).mask_id == Tokenizer.load(folder).mask_id
 
 
-@pytest.mark.parametrize("entry", ["the", {"__type": "AddedToken", "content": "the"}])
+@pytest.mark.parametrize("entry", ["<|eot_id|>", {"__type": "AddedToken", "content": "<|eot_id|>"}])
 def test_the_config_names_the_tokens(files: Path, entry: object) -> None:
     edit(files / "tokenizer_config.json", mask_token=entry)
     tokenizer = Tokenizer.load(files)
-    assert tokenizer.decode([tokenizer.mask_id], keep_special=True) == "the"
+    assert tokenizer.decode([tokenizer.mask_id], keep_special=True) == "<|eot_id|>"
 
 
 def test_without_names_llada_s_hold(files: Path) -> None:
@@ -159,6 +180,8 @@ def test_a_missing_token_and_how_to_add_it(folder: Path, files: Path, tmp_path: 
 
 
 def test_faulty_files(files: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.json: give the folder that it lies in"):
+        Tokenizer.load(files / "tokenizer.json")
     with pytest.raises(UserError, match=r"no tokenizer: tokenizer\.json"):
         Tokenizer.load(files / "nowhere")
     edit(files / "tokenizer_config.json", mask_token=5)

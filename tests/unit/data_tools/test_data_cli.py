@@ -155,6 +155,14 @@ def test_the_ways_of_looking_at_a_corpus(text: Path, tokenizer: Path, tmp_path: 
     assert "is the corpus that is read" in llada_data(*arguments, without)[2]
 
 
+def test_text_is_no_command_to_the_terminal(text: Path, tokenizer: Path, tmp_path: Path, llada_data) -> None:
+    (text / "a.txt").write_text("\x1b]0;title\x07one\ttwo\n")
+    llada_data("tokenize", text, "--tokenizer", tokenizer, "--output", tmp_path / "c")
+    _, out, _ = llada_data("inspect", tmp_path / "c", "--tokenizer", tokenizer)
+    assert "�]0;title�one\ttwo\n" in out
+    assert "\x1b" not in out
+
+
 def test_shares_by_the_command(
     text: Path, tokenizer: Path, tmp_path: Path, llada_data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,11 +112,13 @@ def test_any_text_gives_the_same_ids(
 
 
 @pytest.mark.parametrize(
-    "name", [r"\p{L}", r"\p{N}", r"\s", r"\p{Lu}", r"\p{Ll}", r"\p{Lt}", r"\p{Lm}", r"\p{Lo}", r"\p{M}"]
+    "name",
+    [rf"\p{{{name}}}" for name in ("L", "N", "M", "P", "S", "Z", "Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Han")]
+    + [r"\s", r"\d"],
 )
 def test_both_libraries_know_the_same_characters(name: str) -> None:
     """All of Unicode's planes that have characters, or may get some."""
-    planes = range(0x40000) if name in (r"\p{L}", r"\p{N}", r"\s") else range(0x20000)
+    planes = range(0x40000) if name in (r"\p{L}", r"\p{N}", r"\s", r"\p{Han}") else range(0x20000)
     characters = "".join(chr(code) for code in planes if not 0xD800 <= code < 0xE000)
     rest = normalizers.Replace(tokenizers.Regex(name), "").normalize_str(characters)
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -178,6 +180,10 @@ def comes_back(definition: dict[str, Any]) -> None:
         (comes_back, "its merges come back to 'bcd'"),
         (splitting(r"\b\w+"), "regular expression"),
         (splitting(r"[a-z&&[^x]]+|."), "regular expression"),
+        (splitting(r"\p{N}{1,3}+|\D+"), "regular expression"),  # possessive, or repeated
+        (splitting(r"[!--a]+|."), "regular expression"),  # a difference of classes, or characters
+        (splitting(r"(?i:\p{Lu}+)|."), "regular expression"),
+        (splitting(r"\<a\>|."), "regular expression"),  # ends of words, or characters
     ],
 )
 def test_what_cannot_be_carried_over(folder: Path, tmp_path: Path, change: Change, why: str) -> None:

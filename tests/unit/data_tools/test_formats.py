@@ -202,6 +202,45 @@ def test_a_gigabyte_on_one_line_is_left_out_in_bounded_memory(
         assert sources.first_rejected[formats.TOO_LONG] == f"{tmp_path / name}, line 2"
 
 
+def test_a_long_line_is_not_read_again_by_each_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "DOCUMENT_LIMIT", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "before"}\n{"text": "')
+        file.seek(256 << 20)
+        file.write(b'"}\n{"text": "after"}\n')
+    size = path.stat().st_size
+    start = _bytes_read()
+    found = [text for piece in split(path, size, 4 << 20) for _, text in read(piece, "text", lambda size: None)]
+    assert _bytes_read() - start < 2 * size
+    assert found == ["before", formats.Rejection(formats.TOO_LONG), "after"]
+
+
+def _bytes_read() -> int:
+    """By this process, from anywhere."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def test_what_a_few_bytes_stand_for_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "DOCUMENT_LIMIT", 1 << 20)
+    with (
+        (tmp_path / "a.jsonl.zst").open("wb") as file,
+        zstandard.ZstdCompressor().stream_writer(file) as writer,
+    ):
+        writer.write(b'{"text": "')
+        for _ in range(256):
+            writer.write(b"a" * (1 << 20))
+        writer.write(b'"}\n{"text": "after"}\n')
+    sources = Sources([tmp_path])
+    tracemalloc.start()
+    found = texts(sources)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 << 20
+    assert found == ["after"]
+    assert sources.rejected == {formats.TOO_LONG: 1}
+
+
 def test_columns_that_hold_no_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "other.parquet")

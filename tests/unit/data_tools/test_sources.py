@@ -22,7 +22,28 @@ def test_folders_are_read_in_order(tmp_path: Path) -> None:
     assert texts(sources) == ["a/y/x.md", "a/z.txt", "b.py", "c.jsonl", ".hidden"]
     assert texts(sources) == texts(sources)
     assert sources.bytes_read == sources.total_bytes
-    assert sources.rejected == {"a link to a folder that is read anyway": 1, "a link that leads nowhere": 1}
+    assert sources.rejected == {"given or linked to more than once": 1, "a link that leads nowhere": 1}
+
+
+def test_no_document_is_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "x.txt").write_text("x")
+    (tmp_path / "a" / "b" / "y.txt").write_text("y")
+    (tmp_path / "a" / "z.txt").symlink_to(tmp_path / "a" / "x.txt")
+    for inputs in ([tmp_path, tmp_path / "a" / "b"], [tmp_path / "**"], [tmp_path / "a" / "b" / "y.txt", tmp_path]):
+        sources = Sources(inputs)
+        assert sorted(texts(sources)) == ["x", "y"]
+        assert sources.rejected["given or linked to more than once"] >= 2
+
+
+def test_an_output_among_the_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("a")
+    sources = Sources([tmp_path / "text"])
+    with pytest.raises(UserError, match=r"lies in .*/text, which is read"):
+        sources.refuse_output(tmp_path / "text" / "new" / "corpus")
+    sources.refuse_output(tmp_path / "textual")
+    Sources([tmp_path / "text" / "a.txt"]).refuse_output(tmp_path / "text" / "corpus")
 
 
 def test_text_is_kept_byte_for_byte(tmp_path: Path) -> None:

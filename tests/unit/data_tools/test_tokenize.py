@@ -9,8 +9,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -24,7 +26,7 @@ from data_tools.sources import Sources
 from data_tools.tokenize import Shard, tokenize
 from data_tools.train_tokenizer import train_tokenizer
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import Manifest
+from llada_train.data.corpus import Corpus, CorpusWriter, Manifest
 
 WORDS = "the of and to in is that it was for on are as with his they at be this from".split()  # noqa: SIM905
 UNIT = 1500  # bytes
@@ -159,6 +161,16 @@ def test_finished_parts_are_not_made_again(folder: Path, tmp_path: Path) -> None
     assert "parts were finished before" in lines[0]
 
 
+def test_a_part_that_does_not_fit_its_report_is_refused(folder: Path, tmp_path: Path) -> None:
+    """As when parts are copied together from several machines."""
+    tokenize(Sources([folder / "text"]), folder / "tokenizer", tmp_path / "c", shard=Shard(0, 1))
+    for suffix in (".bin", ".idx"):
+        (tmp_path / "c.parts" / f"00002{suffix}").write_bytes((tmp_path / "c.parts" / f"00001{suffix}").read_bytes())
+    with Parts.resume(tmp_path / "c") as parts, pytest.raises(UserError, match=r"00002: is not what its \.json says"):
+        parts.merge()
+    assert not (tmp_path / "c.idx").exists()
+
+
 def test_parts_of_other_work_are_refused(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
@@ -167,9 +179,50 @@ def test_parts_of_other_work_are_refused(folder: Path, tmp_path: Path) -> None:
     (text / "a.txt").write_text("another")
     with pytest.raises(UserError, match="holds parts of other work: the inputs"):
         tokenize(Sources([text]), folder / "tokenizer", tmp_path / "c")
+    with pytest.raises(UserError, match=r"parts of other work.*remove it to begin again"):
+        tokenize(Sources([text]), folder / "tokenizer", tmp_path / "c", shard=Shard(0, 1), overwrite=True)
     manifest = tokenize(Sources([text]), folder / "tokenizer", tmp_path / "c", overwrite=True)
     assert manifest is not None
     assert manifest.text_bytes == len("another")
+
+
+def test_an_input_that_changes_while_it_is_read_is_noticed(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("one")
+
+    def change(*_: int) -> None:
+        (text / "a.txt").write_text("another")
+
+    with pytest.raises(UserError, match=r"a\.txt: changed while it was read"):
+        tokenize(Sources([text]), folder / "tokenizer", tmp_path / "c", report=change)
+    assert not list(tmp_path.glob("c.[bij]*"))
+
+
+def test_two_writers_of_one_part_take_turns(tmp_path: Path) -> None:
+    """A share that is started twice, or while a killed one's last process is still there."""
+    ready, go = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with CorpusWriter(tmp_path / "c", "uint16") as writer:
+            writer.add_document([1] * 100)
+            ready.set()
+            go.wait(60)
+
+    def second() -> None:
+        with CorpusWriter(tmp_path / "c", "uint16") as writer:
+            assert (tmp_path / "c.idx").exists()
+            writer.add_document([2] * 9)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first)
+        assert ready.wait(60)
+        two = pool.submit(second)
+        threading.Timer(0.2, go.set).start()
+        one.result(60)
+        two.result(60)
+    assert Corpus(tmp_path / "c").document(0).tolist() == [2] * 9
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_two_at_the_same_output_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -67,6 +67,26 @@ def test_only_the_noised_row_is_shown_and_batches_change_nothing() -> None:
     assert one.mean == pytest.approx(two.mean, rel=1e-12)
 
 
+def test_documents_are_given_to_the_model_one_by_one() -> None:
+    """A model that tells how many tokens it is shown: rows in pieces of 1, 2 and 3 tokens, each ending in token 2."""
+    rows = np.array([[2, 0, 2, 1, 0, 2]] * 400)
+    shown: set[int] = set()
+
+    def model(ids: Tensor) -> Tensor:
+        shown.add(ids.shape[1])
+        return torch.zeros(*ids.shape, V).index_fill(-1, torch.tensor([0]), float(ids.shape[1]))
+
+    def lengths(row: np.ndarray) -> list[int]:
+        return np.diff([0, *np.flatnonzero(row == 2) + 1]).tolist()
+
+    bound = variational_bound(model, rows, noise(3, rows), MASK, lengths)
+    assert shown == {1, 2, 3}
+    costs = {n: math.log(math.exp(n) + 2) for n in (1, 2, 3)}  # of a token; n less, if it is token 0
+    expected = (costs[1] + 2 * costs[2] - 2 + 3 * costs[3] - 3) / 6
+    assert bound.mean == pytest.approx(expected, abs=4 * bound.standard_error)
+    assert bound.standard_error < 0.1
+
+
 def test_no_rows() -> None:
     empty = np.empty((0, 4), np.int64)
     with pytest.raises(ValueError, match="no rows"):

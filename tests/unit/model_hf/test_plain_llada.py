@@ -7,62 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_folders import RELEASED
 from safetensors.torch import load_file
 
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-
-RELEASED = {  # GSAI-ML/LLaDA-8B-Instruct, config.json
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-    },
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": 4096,
-    "embedding_dropout": 0.0,
-    "embedding_size": 126464,
-    "eos_token_id": 126081,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": 126336,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": 12288,
-    "mlp_ratio": 4,
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "pad_token_id": 126081,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "use_cache": False,
-    "vocab_size": 126464,
-    "weight_tying": False,
-}
 
 
 def small(**changes: object) -> LLaDAConfig:
@@ -97,6 +46,12 @@ def test_what_llada_does_not_use_is_refused(key: str) -> None:
         small(**{key: True})
 
 
+def test_hidden_states_are_what_blocks_and_head_read(model: LLaDAModelLM) -> None:
+    out = model(torch.tensor([[3, 1, 31]]), output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and torch.equal(model.get_output_embeddings()(out.hidden_states[-1]), out.logits)
+    assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(torch.tensor([[3, 1, 31]])))
+
+
 def test_padding_on_the_left_is_invisible(model: LLaDAModelLM) -> None:
     ids = torch.tensor([[3, 1, 31, 7, 0]])
     padded = torch.cat((torch.full((1, 3), 9), ids), dim=1)
@@ -126,6 +81,10 @@ def test_no_cache_and_no_longer_rows(model: LLaDAModelLM) -> None:
     ids = torch.tensor([[3, 1, 31]])
     with pytest.raises(ValueError, match="cache"):
         model(ids, use_cache=True)
+    with pytest.raises(NotImplementedError, match="left to right"):
+        model.generate(ids)
+    with pytest.raises(ValueError, match="labels need"):
+        LLaDAModelLM(small(mask_token_id=None))(ids, labels=ids)
     with pytest.raises(ValueError, match="max_sequence_length 2"):
         LLaDAModelLM(small(max_sequence_length=2))(ids)
 

@@ -48,11 +48,38 @@ def compare(make_config: Callable[..., Path]) -> Callable[..., ConfigChanges]:
         },
         {"optimizer__learning_rate": [{"until_tokens": 9000, "end": 1e-4}], "training__micro_batch_size": 4},
         {"data__block_length": 32},
+        {"data__corpora": [CORPORA[0], {**CORPORA[1], "path": "elsewhere/b"}]},
     ],
 )
 def test_free_changes(compare: Callable[..., ConfigChanges], settings: dict[str, Any]) -> None:
     changes = compare(**settings)
     assert (list(changes.possible), list(changes.impossible)) == ([], [])
+
+
+def test_a_corpus_that_moved_is_named_anew_in_the_schedule(make_config: Callable[..., Path]) -> None:
+    """Also in a change that holds already."""
+
+    def config_of(path: str) -> Config:
+        schedule = [{"from_tokens": 600, "weights": {path: 3.0}}]
+        return load_config(make_config(data__corpora=[CORPORA[0], {**CORPORA[1], "path": path}], schedule=schedule))
+
+    stored = config_of("b")
+    progress = Progress(step=3, consumed_samples=CONSUMED, phases=Timeline(stored).begun(CONSUMED))
+    assert config_changes(stored, progress, config_of("elsewhere/b")) == ConfigChanges([], [], "")
+
+
+def test_tokens_of_the_whole_run_stay(make_config: Callable[..., Path]) -> None:
+    def config_of(a: int, b: int) -> Config:
+        corpora = [{"path": "a", "tokens": a}, {"path": "b", "tokens": b}]
+        return load_config(
+            make_config(data__corpora=corpora, optimizer__learning_rate=[{"until_tokens": a + b, "end": 0.1}])
+        )
+
+    stored = config_of(2560, 2560)
+    progress = Progress(step=3, consumed_samples=CONSUMED, phases=Timeline(stored).begun(CONSUMED))
+    changes = config_changes(stored, progress, config_of(7680, 2560))
+    assert changes.impossible == ["data.corpora.0.tokens: 2560 → 7680 " + changes.impossible[0].partition("7680 ")[2]]
+    assert "give weights instead for what is to come" in changes.impossible[0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import zstandard
 
@@ -104,7 +105,9 @@ def test_a_classifier_of_the_user(texts: Path, tmp_path: Path, llada_data: Run, 
 def test_dedup_and_decontaminate(texts: Path, tmp_path: Path, llada_data: Run) -> None:
     (tmp_path / "more.txt").write_text(GOOD[1].replace("cd3", "changed", 1))
     output = tmp_path / "unique.jsonl.zst"
-    code, out, err = llada_data("dedup", texts, tmp_path / "more.txt", texts, "--output", output)
+    copy = tmp_path / f"copy_of_{texts.name}"
+    copy.write_bytes(texts.read_bytes())
+    code, out, err = llada_data("dedup", texts, tmp_path / "more.txt", copy, "--output", output)
     assert code == 0, err
     assert [line.split()[:3] for line in out.splitlines()[2:4]] == [
         ["removed,", "exact", "7"],
@@ -188,13 +191,16 @@ def test_killed_with_9_it_leaves_nothing_and_can_be_run_again(texts: Path, tmp_p
         "import signal\ndef score(texts):\n    print('reached', flush=True)\n    signal.pause()\n"
     )
     classifier = ("--classifier", f"{tmp_path / 'slow.py'}:score", "--min-score", "0")
-    arguments = ["filter", str(texts), "--output", str(output), *classifier]
+    arguments = ["filter", str(texts), "--output", str(output), "--workers", "2", *classifier]
     command = [sys.executable, "-m", "data_tools.cli", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "reached\n"
         code, _, err = llada_data("filter", texts, "--output", output)
+        workers = psutil.Process(running.pid).children(recursive=True)
         running.kill()
+    assert workers
+    assert not psutil.wait_procs(workers, timeout=60)[1], "workers outlive the run"
     assert code == 2
     assert "out.jsonl: another run is writing it" in err
     assert [path.name for path in output.parent.iterdir()] == [".out.jsonl.partial"]

@@ -85,7 +85,7 @@ def test_exact_only(tmp_path: Path) -> None:
 
 
 def test_the_output_is_the_same_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.cleaning.workers.BATCH_BYTES", 500)
+    monkeypatch.setattr("data_tools.workers.BATCH_BYTES", 500)
     monkeypatch.setattr("data_tools.cleaning.dedup.BLOCK", 7)
     pick = random.Random(0)
     bases = [[f"{i}w{j}" for j in range(60)] for i in range(10)]

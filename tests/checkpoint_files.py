@@ -1,6 +1,6 @@
 """Small checkpoints, written by hand in any layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -20,8 +20,8 @@ from llada_train.checkpoint.manifest import (
     write_manifest,
 )
 from llada_train.checkpoint.tensor_file import sha256
-from llada_train.config.schema import Config
-from llada_train.model.sizes import tensor_specs
+from llada_train.config.schema import Config, ModelConfig
+from llada_train.model.sizes import TensorSpec, tensor_specs
 
 CONFIG = Config.model_validate(
     {
@@ -43,40 +43,47 @@ SPECS = tensor_specs(CONFIG.model)
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def global_tensors() -> dict[str, Tensor]:
+def global_tensors(model: ModelConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {f"{kind}/{name}": torch.randn(s.shape, generator=generator) for kind in KINDS for name, s in SPECS.items()}
+    specs = tensor_specs(model)
+    return {f"{kind}/{name}": torch.randn(s.shape, generator=generator) for kind in KINDS for name, s in specs.items()}
 
 
-TENSORS = global_tensors()
+TENSORS = global_tensors(CONFIG.model)
 
 
-def slices(full: Tensor, name: str, count: int) -> list[Tensor]:
+def slices(full: Tensor, name: str, count: int, specs: Mapping[str, TensorSpec] = SPECS) -> list[Tensor]:
     """Tensor parallelism's cut, by torch: the oracle of every range computed in llada_train."""
-    dim = SPECS[name].partition_dim
+    dim = specs[name].partition_dim
     return [full] if dim is None else list(full.chunk(count, dim))
 
 
 def write(
-    folder: Path, tensor_parallel: int = 2, cuts: Callable[[int], list[int]] = lambda n: [n // 3], step: int = 3
+    folder: Path,
+    tensor_parallel: int = 2,
+    cuts: Callable[[int], list[int]] = lambda n: [n // 3],
+    step: int = 3,
+    config: Config = CONFIG,
+    tensors: Mapping[str, Tensor] = TENSORS,
 ) -> Path:
     """A checkpoint in which each tensor's flat slices are cut at `cuts(elements)`, each piece in another file."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
+    specs = tensor_specs(config.model)
     content: dict[str, dict[str, Tensor]] = {}
-    entries: dict[str, list[FragmentEntry]] = {name: [] for name in SPECS}
-    for name in SPECS:
-        count = len(slices(TENSORS[f"master/{name}"], name, tensor_parallel))
+    entries: dict[str, list[FragmentEntry]] = {name: [] for name in specs}
+    for name in specs:
+        count = len(slices(tensors[f"master/{name}"], name, tensor_parallel, specs))
         for index in range(count):
-            numel = SPECS[name].numel // count
+            numel = specs[name].numel // count
             borders = [0, *sorted(cuts(numel)), numel]
             for part, (start, stop) in enumerate(pairwise(borders)):
                 file = f"rank-{part * count + index:05d}.safetensors"
                 entries[name].append(FragmentEntry(file=file, index=index, count=count, start=start, stop=stop))
                 for kind in KINDS:
-                    piece = slices(TENSORS[f"{kind}/{name}"], name, tensor_parallel)[index].flatten()[start:stop]
-                    content.setdefault(file, {})[f"{kind}/{name}"] = piece.clone()
-    for file, tensors in content.items():
-        save_file(tensors, folder / file)
+                    piece = slices(tensors[f"{kind}/{name}"], name, tensor_parallel, specs)[index]
+                    content.setdefault(file, {})[f"{kind}/{name}"] = piece.flatten()[start:stop].clone()
+    for file, pieces in content.items():
+        save_file(pieces, folder / file)
     manifest = Manifest(
         format=FORMAT,
         corpora=(),
@@ -84,7 +91,7 @@ def write(
         progress=Progress(step=step, consumed_samples=4 * step),
         optimizer_steps=step,
         versions={},
-        config=CONFIG,
+        config=config,
         files={f: FileEntry(size=(folder / f).stat().st_size, sha256=sha256(folder / f)) for f in content},
         tensors=entries,
     )

@@ -1,0 +1,75 @@
+"""A folder that appears whole or not at all."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llada_train.checkpoint.store import sync
+from llada_train.config.errors import UserError
+from llada_train.data.tokenizer import CONFIG_FILE, SENTENCEPIECE_FILE, TOKENIZER_FILE, TokenizerFiles
+
+_TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    SENTENCEPIECE_FILE,
+    CONFIG_FILE,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def output_problems(out: Path, size: int) -> list[str]:
+    """Why no folder of so many bytes can be made there."""
+    if out.exists() or out.is_symlink():
+        return [f"{out}: exists already; give a new folder, or remove it first"]
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        return [f"{out}: {parent} is not a folder"]
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        return [f"{out}: needs {size / 1e9:,.1f} GB of disk, {free / 1e9:,.1f} GB are free"]
+    return []
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder beside `out` to write to, which becomes `out` if nothing is raised, and is removed if so.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        partial.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """`source`: a folder, or a sentencepiece model."""
+    folder.mkdir(exist_ok=True)
+    if source.is_file():
+        shutil.copyfile(source, folder / SENTENCEPIECE_FILE)
+        (folder / CONFIG_FILE).write_text("{}\n", encoding="utf-8")
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def bos_id(folder: Path) -> int | None:
+    """Of the token that the tokenizer's config names as beginning of text, if it names one that is there."""
+    files = TokenizerFiles.read(folder)
+    entry = files.config.get("bos_token")
+    token = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(token, str) or not files.has(token):
+        return None
+    if files.tokenizers is not None:
+        return files.tokenizers.token_to_id(token)
+    return None if files.sentencepiece is None else files.sentencepiece.vocab[token]
