@@ -63,7 +63,7 @@ def submit(
         f"logs    {files.folder / 'job.log'}; of the processes attempt-JOB-RESTART/rank-0.log and NODE.log there"
     )
     typer.echo(f"watch   llada-train status {shlex.quote(str(shown))} --watch")
-    typer.echo(f"end     scancel {jobs[-1]}   (saves a checkpoint; submit again to go on)")
+    typer.echo(f"end     scancel {' '.join(map(str, jobs))}   (saves a checkpoint; submit again to go on)")
 
 
 @array.command("tokenize")

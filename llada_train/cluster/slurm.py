@@ -42,7 +42,8 @@ def sbatch(script: Path, dependency: str | None = None) -> int:
     Raises:
         UserError: SLURM refuses it.
     """
-    after = [f"--dependency={dependency}"] if dependency else []
+    # Else a job whose dependency has failed would wait for ever.
+    after = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     done = call("sbatch", "--parsable", *after, str(script))
     if done.returncode:
         told = [

@@ -17,14 +17,16 @@ from llada_train.training.metrics import METRICS_FILE
 SILENT_SECONDS = 120.0  # at least, and some steps: then a heartbeat is late
 TAIL_BYTES = 1 << 18
 AT_WORK = ("starting", "training", "silent")  # states
-# Dense bf16, of the SXM modules (NVIDIA's data sheets), by a part of the device's name, the longer ones first.
+# Dense bf16, of the SXM modules if not said (NVIDIA's data sheets), by a part of the device's name; the first one
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.4e12,
     "H200": 989.4e12,
     "H800": 989.4e12,
     "GH200": 989.4e12,
     "A100": 312e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
 }
 

@@ -9,9 +9,11 @@ from llada_train.config.schema import Section, problem
 
 # They become words of #SBATCH lines.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:@+/&|()\[\]*=-]+$")]
+Memory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
 TimeLimit = Annotated[str, Field(pattern=r"^(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 OneLine = Annotated[str, Field(pattern=r"^[^\n\r\x00]*$")]
+EARLY_SECONDS = 60  # "the signal may be sent up to 60 seconds earlier than specified": sbatch's manual on --signal
 
 
 class SlurmConfig(Section):
@@ -28,13 +30,34 @@ class SlurmConfig(Section):
         default=3, description="starts in a row without a new checkpoint, after which the job is not queued again"
     )
 
+    @model_validator(mode="after")
+    def _has_time_to_train(self) -> "SlurmConfig":
+        seconds = _seconds(self.time_limit)
+        if 0 < seconds <= self.checkpoint_seconds + EARLY_SECONDS:
+            raise problem(
+                "checkpoint_seconds",
+                f"{self.checkpoint_seconds} s before a time limit of {seconds} s, and SLURM may be {EARLY_SECONDS} s "
+                "early: no time is left to train; give a longer time_limit",
+            )
+        return self
+
+
+def _seconds(time_limit: str) -> int:
+    """D-H[:M[:S]], H:M:S, M:S or M; 0 is no limit."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not dash and len(parts) < 3:
+        parts.insert(0, 0)
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
 
 class NodeConfig(Section):
     gpus: NonNegativeInt = 8
     gpu_type: Word | None = Field(default=None, description="as SLURM calls it, where a partition has several")
     processes: PositiveInt | None = Field(default=None, description="on each node; none: one for each GPU")
     cpus_per_process: PositiveInt | None = Field(default=None, description="none: what SLURM gives")
-    memory: Word = Field(default="0", description="of each node, as sbatch --mem takes it; 0: all")
+    memory: Memory = Field(default="0", description="of each node, as sbatch --mem takes it; 0: all")
     exclusive: bool = True
 
     @model_validator(mode="after")

@@ -167,7 +167,6 @@ class Journal:
         finally:
             progress, tokens, complete = reached()
             outcome = outcome or ("complete" if complete else "stopped")
-            self.beat(progress, tokens)
             seconds = round(time.time() - self._began)
             with suppress(UserError):
                 note(

@@ -61,6 +61,8 @@ def test_this_machine(tmp_path: Path) -> None:
         ("environment: {kind: pyxis}", "environment.path"),
         ("slurm: {partition: 'a b'}", "slurm.partition"),
         ("slurm: {time_limit: soon}", "slurm.time_limit"),
+        ("slurm: {time_limit: '6:00'}", "slurm.checkpoint_seconds"),
+        ("node: {gpus: 8, memory: '1G)&reboot&x=('}", "node.memory"),  # it becomes a word of a shell's
         ("variables: {'A B': c}", "variables"),
     ],
 )

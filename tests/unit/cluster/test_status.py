@@ -58,6 +58,15 @@ def test_mfu_time_left_and_the_life_of_a_run(tmp_path: Path) -> None:
     assert status(tmp_path).state.startswith("gave up")
 
 
+def test_a_start_that_fails_in_its_first_step_has_done_none(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, StartTimes({"imports": time.time()}))
+    journal.started(progress(0), 0, 5000, HOSTS, "cpu")
+    with pytest.raises(RuntimeError), journal.telling_the_end(lambda: (progress(0), 0, False)):
+        raise RuntimeError("out of memory")
+    assert [event["event"] for event in read_history(tmp_path)] == ["started", "ended"]
+    assert status(tmp_path).state == "RuntimeError: out of memory"
+
+
 def test_stragglers_are_named(tmp_path: Path) -> None:
     journal = Journal(tmp_path, StartTimes({"imports": time.time()}))
     journal.started(progress(0), 0, 5000, HOSTS, "cpu")
