@@ -183,7 +183,7 @@ def corpora(folder: Path, count: int, documents: int, length: int) -> Iterator[l
 def write_what_is_read(config_file: Path, step: int, length: int) -> None:
     """Real-looking tokens where a step and the checks before it read: words, and an EOS at each document's end."""
     from llada_train.config.load import load_config
-    from llada_train.data.rows import SAMPLED_DOCUMENTS, PretrainingData
+    from llada_train.data.rows import PretrainingData
 
     data = PretrainingData(load_config(config_file))
     pick = np.random.default_rng(0)
@@ -193,8 +193,7 @@ def write_what_is_read(config_file: Path, step: int, length: int) -> None:
         for s in data.training_stretches(range(first, first + data.timeline.phase(first).global_batch_size))
     ]
     for c, corpus in enumerate(data.corpora):
-        last = corpus.num_documents - 1
-        ends = [(last * i // (SAMPLED_DOCUMENTS - 1) + 1) * length for i in range(SAMPLED_DOCUMENTS)]
+        ends = [(i + 1) * length for i in corpus.sampled_documents]
         stretches += [(c, end - 1, end) for end in ends]
     for c, start, stop in stretches:
         tokens = pick.integers(1, VOCABULARY, stop - start, dtype="<i4")

@@ -192,6 +192,11 @@ def doctor(
         typer.echo(f"{name:28}  {told}")
     for problem in report.problems:
         typer.echo(f"{report.node}: AT FAULT: {problem}")
+    if not report.problems:
+        against = (
+            "the site's facts" if cluster is not None else "nothing but itself: give --cluster for the site's facts"
+        )
+        typer.echo(f"{report.node}: no fault found, compared with {against}")
     raise typer.Exit(int(bool(report.problems)))
 
 
