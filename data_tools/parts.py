@@ -19,7 +19,8 @@ from typing import Any, Self
 
 from data_tools.sources import Tally
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import Checksums, CorpusWriter, Manifest, corpus_files, token_dtype
+from llada_train.data.corpus import Checksums, Manifest, corpus_files
+from llada_train.data.corpus_writer import CorpusWriter, token_dtype
 from llada_train.data.indexed import IndexedFile
 from llada_train.data.tokenizer import Tokenizer
 

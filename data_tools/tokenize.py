@@ -26,7 +26,8 @@ from data_tools.parts import PartReport, Parts, refuse_existing
 from data_tools.sources import Sources, Tally, read_documents
 from data_tools.workers import batched, belong_to_parent
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import CorpusWriter, Manifest, token_dtype
+from llada_train.data.corpus import Manifest
+from llada_train.data.corpus_writer import CorpusWriter, token_dtype
 from llada_train.data.tokenizer import Tokenizer
 
 SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 4, 8, 20_000  # that the fast encoder is tried on

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import CHUNK, Corpus, CorpusWriter, Manifest, corpus_files, token_dtype
-from llada_train.data.indexed import IndexedFile
+from llada_train.data.corpus import Corpus, Manifest, corpus_files
+from llada_train.data.corpus_writer import CorpusWriter, token_dtype
+from llada_train.data.indexed import CHUNK, IndexedFile
 from llada_train.data.tokenizer import Tokenizer
 
 Advance = Callable[[int], None]  # bytes of the .bin that are done

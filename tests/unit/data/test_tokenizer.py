@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from data_tools.train_tokenizer import add_special_tokens, train_tokenizer
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import token_dtype
+from llada_train.data.corpus_writer import token_dtype
 from llada_train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, Tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n", "Grüße, 世界! 🙂\r\n\ttab", "the cat sat on the mat, the cat sat"] * 3

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_tools import cli
-from llada_train.data.corpus import Corpus, CorpusWriter
+from llada_train.data.corpus import Corpus
+from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.tokenizer import Tokenizer
 
 TEXTS = {"a.txt": "the cat sat", "b.py": "x = '<|mdm_mask|>'\n", "c.txt": "Grüße 🙂"}

@@ -26,7 +26,8 @@ from data_tools.sources import Sources
 from data_tools.tokenize import Shard, tokenize
 from data_tools.train_tokenizer import train_tokenizer
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import Corpus, CorpusWriter, Manifest
+from llada_train.data.corpus import Corpus, Manifest
+from llada_train.data.corpus_writer import CorpusWriter
 
 WORDS = "the of and to in is that it was for on are as with his they at be this from".split()  # noqa: SIM905
 UNIT = 1500  # bytes

@@ -14,7 +14,8 @@ from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import add_eos, length_histogram, samples, verify
 from llada_train.config.errors import UserError
 from llada_train.data import indexed
-from llada_train.data.corpus import Corpus, CorpusWriter
+from llada_train.data.corpus import Corpus
+from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.tokenizer import Tokenizer
 
 EOS = 1  # of tiny_data's tokenizer, which has 300 ids
@@ -23,7 +24,7 @@ EOS = 1  # of tiny_data's tokenizer, which has 300 ids
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Corpora of tests span several."""
-    for module in ("data_tools.verify", "llada_train.data.indexed", "llada_train.data.corpus"):
+    for module in ("data_tools.verify", "llada_train.data.indexed", "llada_train.data.corpus_writer"):
         monkeypatch.setattr(f"{module}.CHUNK", 7)
 
 
