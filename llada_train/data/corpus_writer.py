@@ -92,8 +92,8 @@ class CorpusWriter:
         self._lengths.write(struct.pack("<i", ids.size))
         self.num_documents += 1
 
-    def add_file(self, file: IndexedFile) -> None:
-        """Append all documents of a file of the same dtype.
+    def add_file(self, file: IndexedFile) -> str:
+        """Append all documents of a file of the same dtype; the sha256 of its .bin, as it was read, in hexadecimal.
 
         Raises:
             ValueError: it has another dtype.
@@ -101,18 +101,22 @@ class CorpusWriter:
         """
         if file.dtype != self.dtype:
             raise ValueError(f"documents of {file.dtype} cannot be appended to those of {self.dtype}")
+        digest = hashlib.sha256()
         for start in range(0, file.num_tokens, CHUNK):
-            self._write_tokens(file.tokens(start, min(start + CHUNK, file.num_tokens)))
+            digest.update(self._write_tokens(file.tokens(start, min(start + CHUNK, file.num_tokens))))
         for start in range(0, file.num_documents, CHUNK):
             lengths = file.document_lengths(start, min(start + CHUNK, file.num_documents))
             self._lengths.write(lengths.astype("<i4").tobytes())
         self.num_documents += file.num_documents
+        return digest.hexdigest()
 
-    def _write_tokens(self, ids: np.ndarray) -> None:
+    def _write_tokens(self, ids: np.ndarray) -> bytes:
+        """The bytes that they are in the .bin."""
         data = ids.astype(self.dtype.newbyteorder("<"), copy=False).tobytes()
         self._bin.write(data)
         self.bin_hash.update(data)
         self.num_tokens += ids.size
+        return data
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
