@@ -66,7 +66,8 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
         with here.failing_together():
             if here.is_main:
                 run.record_changes(progress)
-                print("\n".join(plan_lines(ours.plan)), flush=True)
+                if progress.step == 0 or run.accepted_changes:
+                    print("\n".join(plan_lines(ours.plan)), flush=True)
                 log = MetricsLog(run.path, progress.step, end_tokens)
                 journal = Journal(run.path, start)
                 tokens = timeline.tokens(progress.consumed_samples)

@@ -65,7 +65,9 @@ def test_two_processes_without_a_compiler_log_each_step_once(finished: tuple[Pat
     expected = [("train", step) for step in range(1, STEPS + 1)]
     assert [record for record in records if record[0] == "train"] == expected
     assert [record for record in records if record[0] == "validation"] == [("validation", 5), ("validation", 10)]
-    assert len(output.splitlines()) == len(records)  # one line each, and nothing else
+    plan, *lines = output.splitlines()
+    assert plan.startswith("corpus ") and plan.endswith("in the run: 100.00%, 0.372 epochs")
+    assert len(lines) == len(records)  # one line each, and nothing else
 
     assert load_config(run / "config.yaml") == load_config(config)
     assert (run / CURVES_FILE).read_bytes().startswith(b"\x89PNG")
