@@ -104,7 +104,8 @@ def tokenize_command(
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Do only share I, from 0, of N, as a task of a SLURM array; `llada-data merge` joins them.",
+            help="Do only share I, from 0, of N, as a task of a SLURM array; `llada-data merge` joins them. Machines "
+            "that share no disk need the input under the same path, with the same times of modification (`rsync -a`).",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -135,7 +136,8 @@ def merge_command(
 ) -> None:
     """Join the shares of `tokenize --shard` into one corpus, the same as without shares.
 
-    They lie in PREFIX.parts. Machines that do not share a disk each have one: copy them together.
+    They lie in PREFIX.parts. Machines that share no disk each have one: copy all files into one folder of that name.
+    They fit together if the input had the same path and the same times of modification everywhere (`rsync -a`).
     """
     from data_tools.parts import Parts, refuse_existing
 

@@ -12,13 +12,20 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-Prefix = Annotated[Path, typer.Argument(help="What .bin and .idx are added to.", show_default=False)]
+Prefix = Annotated[str, typer.Argument(help="What .bin and .idx are added to; a path or a URL.", show_default=False)]
+Prefixes = Annotated[
+    str,
+    typer.Argument(
+        help="What .bin and .idx are added to; a path, a URL (s3://…) or a pattern of files that are one corpus.",
+        show_default=False,
+    ),
+]
 OfCorpus = Annotated[Path | None, typer.Option(help="The tokenizer it was made with.", show_default=False)]
 
 
 @app.command("inspect")
 def inspect_command(
-    prefix: Prefix,
+    prefix: Prefixes,
     tokenizer: OfCorpus = None,
     samples: Annotated[int, typer.Option(min=1, help="Documents shown, with --tokenizer.")] = 3,
     sample_tokens: Annotated[int, typer.Option(min=1, help="How much of each is shown.")] = 100,
@@ -38,34 +45,34 @@ def inspect_command(
         for reason, count in manifest.rejected.items():
             print(f"left out   {count:,}: {reason}")
     print(f"\n{'tokens up to':>14} {'documents':>14} {'of all':>7} {'tokens':>18} {'of all':>7}")
-    for length, documents, tokens in length_histogram(prefix):
+    for length, documents, tokens in length_histogram(corpus):
         share = documents / corpus.num_documents, tokens / corpus.num_tokens
         print(f"{length:14,} {documents:14,} {share[0]:7.1%} {tokens:18,} {share[1]:7.1%}")
     if reader is not None:
-        for number, text in decoded_samples(prefix, reader, samples, sample_tokens):
+        for number, text in decoded_samples(corpus, reader, samples, sample_tokens):
             shown = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)  # no commands to the terminal
             print(f"\n— document {number:,} —\n{shown}")
 
 
 @app.command("verify")
-def verify_command(prefix: Prefix, tokenizer: OfCorpus = None) -> None:
+def verify_command(prefix: Prefixes, tokenizer: OfCorpus = None) -> None:
     """Read all of a corpus: structure, ids in range, EOS after each document, checksums.
 
     Exits with 1 if something is wrong. What ids there are says its manifest, else --tokenizer.
     """
     from data_tools.progress import ByteProgress
     from data_tools.verify import verify
-    from llada_train.data.corpus import Corpus, corpus_files
+    from llada_train.data.corpus import Corpus
 
     corpus, done = Corpus(prefix), 0
-    with ByteProgress(corpus_files(prefix)[0].stat().st_size) as progress:
+    with ByteProgress(corpus.num_tokens * corpus.dtype.itemsize) as progress:
 
         def advance(size: int) -> None:
             nonlocal done
             done += size
             progress.update(done)
 
-        faults = list(verify(prefix, _load(tokenizer), advance))
+        faults = list(verify(corpus, _load(tokenizer), advance))
     for fault in faults:
         print(fault)
     if faults:
@@ -85,15 +92,15 @@ def add_eos_command(
     from data_tools.parts import refuse_existing
     from data_tools.progress import ByteProgress
     from data_tools.verify import add_eos
-    from llada_train.data.corpus import Corpus, corpus_files
+    from llada_train.data.corpus import Corpus
     from llada_train.data.tokenizer import Tokenizer
 
-    if output.absolute() == prefix.absolute():
+    if output.absolute() == Path(prefix).absolute():
         raise UserError(f"{output}: is the corpus that is read; give another --output")
     if not overwrite:
         refuse_existing(output)
     corpus, done = Corpus(prefix), 0
-    with ByteProgress(corpus_files(prefix)[0].stat().st_size) as progress:
+    with ByteProgress(corpus.num_tokens * corpus.dtype.itemsize) as progress:
 
         def advance(size: int) -> None:
             nonlocal done

@@ -2,7 +2,8 @@
 
 | name ends in | records |
 |---|---|
-| .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .json.zst | one JSON object per line, the text under a key |
+| .jsonl or .ndjson, also with .gz or .zst after it | one JSON object per line, the text under a key |
+| .json.gz, .json.zst | the same: so are C4 and others called |
 | .parquet, .arrow | rows, the text in a column |
 | anything else, also with .gz or .zst after it | the whole file |
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 if TYPE_CHECKING:
     import pyarrow
 
+LINES = (".jsonl", ".ndjson")
 DOCUMENT_LIMIT = 64 << 20  # bytes: what one document may have, so that memory stays bounded
 TOO_LONG = f"longer than {DOCUMENT_LIMIT >> 20} MiB"
 READ = 1 << 20  # bytes of a file at once
@@ -62,7 +64,7 @@ class Piece:
 def split(file: Path, size: int, piece_size: int) -> list[Piece]:
     """Pieces of about `piece_size` bytes that together are the file; one, if it can only be read from its start."""
     if size > piece_size:
-        if file.suffix == ".jsonl":
+        if file.suffix in LINES:
             return [
                 Piece(file, min(piece_size, size - start), start, min(start + piece_size, size))
                 for start in range(0, size, piece_size)
@@ -86,7 +88,7 @@ def decode(data: bytes) -> str | Rejection:
 
 
 def _kind(file: Path) -> str:
-    if file.suffix == ".jsonl" or (_is_compressed(file) and Path(file.stem).suffix in (".jsonl", ".json")):
+    if file.suffix in LINES or (_is_compressed(file) and Path(file.stem).suffix in (*LINES, ".json")):
         return "lines"
     return {".parquet": "parquet", ".arrow": "arrow"}.get(file.suffix, "whole")
 

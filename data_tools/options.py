@@ -12,13 +12,13 @@ Inputs = Annotated[
     list[Path],
     typer.Argument(
         metavar="INPUT...",
-        help="Files, folders and patterns. .jsonl, also .gz and .zst, holds one document per line, .parquet and "
-        ".arrow one per row; any other file is one document. Folders are read with all folders in them, hidden files "
-        "left out.",
+        help="Files, folders and patterns. .jsonl and .ndjson, also .gz and .zst, hold one document per line, and so "
+        "do .json.gz and .json.zst; .parquet and .arrow hold one per row. Any other file is one document, .json too. "
+        "Folders are read with all folders in them, hidden files left out.",
         show_default=False,
     ),
 ]
-TextKey = Annotated[str, typer.Option(help="The key of the text in .jsonl files, or its column.")]
+TextKey = Annotated[str, typer.Option(help="The key of the text in JSON lines, or its column.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes. The output is the same for any number.")]
 

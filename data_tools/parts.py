@@ -19,11 +19,12 @@ from typing import Any, Self
 
 from data_tools.sources import Tally
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import Checksums, CorpusWriter, Manifest, corpus_files, token_dtype
+from llada_train.data.corpus import Checksums, Manifest, corpus_files
+from llada_train.data.corpus_writer import CorpusWriter, token_dtype
 from llada_train.data.indexed import IndexedFile
 from llada_train.data.tokenizer import Tokenizer
 
-VERSION = 1  # of what a part holds: another one begins again
+VERSION = 2  # of what a part holds: another one begins again
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class PartReport:
     documents: int
     tokens: int
     text_bytes: int
+    bin_sha256: str | None
+    """Of the part's .bin, in hexadecimal; None if there is none."""
     tally: Tally
     sha256: list[tuple[str, str]]
     """Each file that begins in the unit, and its checksum in hexadecimal."""
@@ -147,7 +150,7 @@ class Parts:
             key, tally = fields.pop("key"), fields.pop("tally")
             report = PartReport(**fields, tally=Tally(Counter(tally["rejected"]), tally["first"]))
         except (ValueError, KeyError, TypeError):
-            key, report = None, PartReport(0, 0, 0, Tally(), [])
+            key, report = None, PartReport(0, 0, 0, None, Tally(), [])
         if key != self.key:
             raise UserError(f"{path}: damaged, or a part of other work; remove it, and tokenize again")
         return report
@@ -178,9 +181,9 @@ class Parts:
             for i, report in enumerate(reports):
                 if report.documents:
                     part = IndexedFile(str(self.part(i)))
-                    if (part.num_documents, part.num_tokens) != (report.documents, report.tokens):
+                    sound = (part.num_documents, part.num_tokens) == (report.documents, report.tokens)
+                    if not sound or part.damage() or writer.add_file(part) != report.bin_sha256:
                         raise UserError(f"{part.prefix}: is not what its .json says; remove that, and tokenize again")
-                    writer.add_file(part)
         _write(inputs_file(self.prefix), listing)
         merged = _merged_folder(self.prefix)
         self.folder.replace(merged)  # so that it can be told whether the manifest, and all else, is of these parts

@@ -102,7 +102,7 @@ class Sources:
         """
         for folder in self._inputs:
             if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{path}: lies in {folder}, which is read; give an --output outside of it")
+                raise UserError(f"{path}: lies in {folder}, which is read; give a place outside of it")
 
     def refuse_changed(self) -> None:
         """
@@ -115,7 +115,7 @@ class Sources:
             except OSError:
                 continue  # was counted as unreadable, or had been read
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise UserError(f"{file}: changed while it was read; run the command again, with --overwrite")
+                raise UserError(f"{file}: changed while it was read; run the command again")
 
     def begin(self) -> None:
         """Forget what reading met; what walking through the folders met stays."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -26,7 +27,8 @@ from data_tools.parts import PartReport, Parts, refuse_existing
 from data_tools.sources import Sources, Tally, read_documents
 from data_tools.workers import batched, belong_to_parent
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import CorpusWriter, Manifest, token_dtype
+from llada_train.data.corpus import Manifest
+from llada_train.data.corpus_writer import CorpusWriter, token_dtype
 from llada_train.data.tokenizer import Tokenizer
 
 SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 4, 8, 20_000  # that the fast encoder is tried on
@@ -89,7 +91,14 @@ def tokenize(
             why_slow = choose(tokenizer, list(_sample(units, sources.text_key)))
             tell("encoding with tiktoken" if why_slow is None else f"encoding without tiktoken, since {why_slow}")
             job = Job(
-                tokenizer_path, sources.text_key, parts.folder, token_dtype(tokenizer.vocab_size), why_slow is None
+                tokenizer_path,
+                tokenizer.fingerprint,
+                tokenizer.eos_id,
+                tokenizer.mask_id,
+                sources.text_key,
+                parts.folder,
+                token_dtype(tokenizer.vocab_size),
+                why_slow is None,
             )
             progress = _Progress(report)
             for i in set(here) - set(missing):
@@ -147,6 +156,9 @@ class Job:
     """What a process has to know to encode units."""
 
     tokenizer: Path
+    fingerprint: str
+    eos_id: int
+    mask_id: int
     text_key: str
     folder: Path
     dtype: np.dtype
@@ -157,10 +169,15 @@ class _Encoding:
     """Encodes units into parts; `stopped` is asked now and then."""
 
     def __init__(self, job: Job, all_cores: bool, stopped: Callable[[], bool]) -> None:
+        """
+        Raises:
+            UserError: the tokenizer is not the one that the job was made for.
+        """
         tokenizer = Tokenizer.load(job.tokenizer)
+        if tokenizer.fingerprint != job.fingerprint:
+            raise UserError(f"{job.tokenizer}: changed while it was in use; run the command again")
         self._job = job
         self._encoder = make_encoder(tokenizer, job.fast, all_cores)
-        self._eos_id, self._mask_id = tokenizer.eos_id, tokenizer.mask_id
         self._stopped = stopped
 
     def encode(self, i: int, unit: Unit, tell: Report = lambda size, documents, tokens: None) -> PartReport:
@@ -178,24 +195,26 @@ class _Encoding:
         batches = batched(documents)
         first = next(batches, None)
         num_documents = num_tokens = 0
+        bin_sha256 = None
         if first is not None:
             with CorpusWriter(self._job.folder / f"{i:05d}", self._job.dtype) as writer:
                 for batch in chain([first], batches):
                     for ids in self._encoder.encode([document.text for document in batch]):
-                        if ((ids == self._eos_id) | (ids == self._mask_id)).any():
+                        if ((ids == self._job.eos_id) | (ids == self._job.mask_id)).any():
                             raise UserError(
                                 f"{self._job.tokenizer}: made its mask or EOS token of text, in {unit[0].file} or a "
                                 "file after it; give a tokenizer whose special tokens no text can produce"
                             )
-                        writer.add_document(np.append(ids, self._eos_id))
+                        writer.add_document(np.append(ids, self._job.eos_id))
                     text_bytes += sum(document.text_bytes for document in batch)
                     num_documents, num_tokens = writer.num_documents, writer.num_tokens
                     tell(done, num_documents, num_tokens)
                     if self._stopped():
                         raise KeyboardInterrupt
+            bin_sha256 = writer.bin_hash.hexdigest()
         checksums = [(str(piece.file), _checksum(piece.file)) for piece in unit if not piece.start]
         known = [(file, checksum) for file, checksum in checksums if checksum]
-        return PartReport(num_documents, num_tokens, text_bytes, tally, known)
+        return PartReport(num_documents, num_tokens, text_bytes, bin_sha256, tally, known)
 
 
 def _checksum(file: Path) -> str | None:
@@ -245,16 +264,17 @@ def _encode(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-_worker: _Encoding
+_worker: Callable[[], _Encoding]
 
 
 def _start_worker(job: Job, stop: Event) -> None:
     global _worker
     belong_to_parent()
-    _worker = _Encoding(job, all_cores=False, stopped=stop.is_set)
+    # Made by the first unit, since what an initializer raises does not reach the user.
+    _worker = cache(lambda: _Encoding(job, all_cores=False, stopped=stop.is_set))
 
 
 def _encode_in_worker(i: int, unit: Unit) -> PartReport:
     with contextlib.suppress(KeyboardInterrupt):
-        return _worker.encode(i, unit)
+        return _worker().encode(i, unit)
     raise UserError("stopped")

@@ -2,8 +2,7 @@
 
 import io
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -26,6 +25,10 @@ from llada_train.data.tokenizer import (
 )
 
 SPECIAL_TOKENS = (BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, *CHAT_TOKENS)
+# Of a tokenizer of others, beside its vocabulary and config; what else its folder has may be a model's weights.
+KEPT = ("chat_template*", "additional_chat_templates/*.jinja", "tokenization_*.py")
+# What would say something else than the vocabulary and the config that are written.
+REPEATED = ("special_tokens_map.json", "added_tokens.json")
 # Of a line that sentencepiece trains on, in bytes, and of how many lines, drawn at random, so that memory is bounded.
 SENTENCE_BYTES, SENTENCES = 4000, 10_000_000
 
@@ -64,11 +67,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, folder: Path, kind: K
         name, data = TOKENIZER_FILE, _byte_level_bpe(texts, vocab_size)
     else:
         name, data = SENTENCEPIECE_FILE, _sentencepiece(texts, vocab_size, kind)
-    for other in (TOKENIZER_FILE, SENTENCEPIECE_FILE):
-        if other != name:
-            (folder / other).unlink(missing_ok=True)
-    _write(folder / name, data)
-    _write_config(folder, config)
+    _save(folder, {name: data, CONFIG_FILE: _config_data(config)})
     return Tokenizer.load(folder)
 
 
@@ -83,19 +82,18 @@ def add_special_tokens(path: Path, folder: Path) -> list[str]:
     files = TokenizerFiles.read(path)
     names = {key: files.name_of(key) for key in ("eos_token", "mask_token")}
     added = [token for token in names.values() if not files.has(token)]
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        for file in path.iterdir():
-            if file.is_file() and file.name not in (TOKENIZER_FILE, SENTENCEPIECE_FILE, CONFIG_FILE):
-                shutil.copyfile(file, folder / file.name)
+    name = SENTENCEPIECE_FILE if files.tokenizers is None else TOKENIZER_FILE
     if files.tokenizers is None:
-        _write(folder / SENTENCEPIECE_FILE, _with_control_symbols(files.data, added))
+        data = _with_control_symbols(files.data, added)
     elif added:
         files.tokenizers.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
-        _write(folder / TOKENIZER_FILE, files.tokenizers.to_str(pretty=True).encode())
+        data = files.tokenizers.to_str(pretty=True).encode()
     else:
-        _write(folder / TOKENIZER_FILE, files.data)
-    _write_config(folder, files.config | names)
+        data = files.data
+    written = {name: data, CONFIG_FILE: _config_data(files.config | names)}
+    if path.is_dir():
+        written |= {str(file.relative_to(path)): file.read_bytes() for kept in KEPT for file in path.glob(kept)}
+    _save(folder, written)
     Tokenizer.load(folder)
     return added
 
@@ -165,11 +163,23 @@ def _with_control_symbols(model: bytes, tokens: list[str]) -> bytes:
     return data
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    _write(folder / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+def _config_data(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+def _save(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Replace the tokenizer in `folder`. Until all files are written, the old one is all there."""
+    partial = {name: folder / f"{name}.partial" for name in files}
+    try:
+        for name, data in files.items():
+            partial[name].parent.mkdir(parents=True, exist_ok=True)
+            partial[name].write_bytes(data)
+        for name in files:
+            partial[name].replace(folder / name)
+    except BaseException:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+        raise
+    for name in (TOKENIZER_FILE, SENTENCEPIECE_FILE, *REPEATED):
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)

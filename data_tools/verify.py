@@ -3,13 +3,16 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import CHUNK, Corpus, CorpusWriter, Manifest, corpus_files, token_dtype
-from llada_train.data.indexed import IndexedFile
+from llada_train.data.corpus import Corpus, Manifest
+from llada_train.data.corpus_writer import CorpusWriter, token_dtype
+from llada_train.data.indexed import CHUNK, IndexedFile
+from llada_train.data.storage import open_file
 from llada_train.data.tokenizer import Tokenizer
 
 Advance = Callable[[int], None]  # bytes of the .bin that are done
@@ -23,7 +26,7 @@ class Expected:
     eos_id: int
 
 
-def expected(manifest: Manifest | None, tokenizer: Tokenizer | None, prefix: Path) -> Expected:
+def expected(manifest: Manifest | None, tokenizer: Tokenizer | None, prefix: str) -> Expected:
     """What the tokenizer says, else the manifest.
 
     Raises:
@@ -38,15 +41,18 @@ def expected(manifest: Manifest | None, tokenizer: Tokenizer | None, prefix: Pat
     return Expected(manifest.vocab_size, manifest.eos_id)
 
 
-def verify(prefix: Path, tokenizer: Tokenizer | None, advance: Advance = lambda size: None) -> Iterator[str]:
+def verify(corpus: Corpus, tokenizer: Tokenizer | None, advance: Advance = lambda size: None) -> Iterator[str]:
     """Each fault that reading all of a corpus shows: structure, ids, EOS, checksums.
 
     Raises:
         UserError: it cannot be read at all, or there is nothing to compare it with.
     """
-    manifest = Corpus(prefix).manifest
-    wanted = expected(manifest, tokenizer, prefix)
-    file = IndexedFile(str(prefix))
+    wanted = {prefix: expected(corpus.manifests.get(prefix), tokenizer, prefix) for prefix in corpus.files}
+    for prefix in corpus.files:
+        yield from _verify_file(IndexedFile(prefix), corpus.manifests.get(prefix), wanted[prefix], advance)
+
+
+def _verify_file(file: IndexedFile, manifest: Manifest | None, wanted: Expected, advance: Advance) -> Iterator[str]:
     if (damage := file.damage()) is not None:
         yield damage
         return
@@ -62,8 +68,9 @@ def verify(prefix: Path, tokenizer: Tokenizer | None, advance: Advance = lambda 
             advance(tokens.nbytes)
         scan.empty += int((lengths == 0).sum())
         position = int(ends[-1])
-    yield from scan.faults(file.num_documents)
-    yield from _wrong_checksums(prefix, manifest, scan.digest.hexdigest())
+    for fault in scan.faults(file.num_documents):
+        yield f"{file.prefix}: {fault}"
+    yield from _wrong_checksums(file.prefix, manifest, scan.digest.hexdigest())
 
 
 class _Scan:
@@ -106,7 +113,7 @@ class _Scan:
             yield f"{inside:,} EOS are inside documents"
 
 
-def add_eos(prefix: Path, output: Path, tokenizer: Tokenizer, advance: Advance = lambda size: None) -> int:
+def add_eos(prefix: str | Path, output: Path, tokenizer: Tokenizer, advance: Advance = lambda size: None) -> int:
     """Write the documents of a corpus to `output`, each with an EOS; how many lacked it. Empty ones are left out.
 
     Raises:
@@ -135,10 +142,10 @@ def add_eos(prefix: Path, output: Path, tokenizer: Tokenizer, advance: Advance =
     return added
 
 
-def length_histogram(prefix: Path) -> list[tuple[int, int, int]]:
+def length_histogram(corpus: Corpus) -> list[tuple[int, int, int]]:
     """(length, documents, tokens) of the documents of length/2 < tokens ≤ length, for the powers of two there are."""
     counts: dict[int, tuple[int, int]] = {}
-    for _, lengths in _documents(IndexedFile(str(prefix))):
+    for _, lengths in chain.from_iterable(_documents(IndexedFile(prefix)) for prefix in corpus.files):
         powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
         for power in np.unique(powers).tolist():
             of_power = lengths[powers == power]
@@ -147,17 +154,13 @@ def length_histogram(prefix: Path) -> list[tuple[int, int, int]]:
     return [(2**power, *counts[power]) for power in sorted(counts)]
 
 
-def samples(prefix: Path, tokenizer: Tokenizer, count: int, tokens: int) -> list[tuple[int, str]]:
+def samples(corpus: Corpus, tokenizer: Tokenizer, count: int, tokens: int) -> list[tuple[int, str]]:
     """(document, its beginning as text) of documents spread evenly over the corpus."""
-    file = IndexedFile(str(prefix))
-    chosen = sorted({file.num_documents * i // count for i in range(count)})
     found = []
-    for i in chosen:
-        [length] = file.document_lengths(i, i + 1).tolist()
-        start = file.document_start(i)
-        ids = file.tokens(start, start + min(length, tokens)).tolist()
-        text = tokenizer.decode(ids, keep_special=True)
-        found.append((i, text if length <= tokens else text + " …"))
+    for i in sorted({corpus.num_documents * i // count for i in range(count)}):
+        start, end = corpus.document_start(i), corpus.document_start(i + 1)
+        text = tokenizer.decode(corpus.tokens(start, min(end, start + tokens)).tolist(), keep_special=True)
+        found.append((i, text if end - start <= tokens else text + " …"))
     return found
 
 
@@ -167,15 +170,15 @@ def _documents(file: IndexedFile) -> Iterator[tuple[int, np.ndarray]]:
         yield first, file.document_lengths(first, min(first + CHUNK, file.num_documents))
 
 
-def _wrong_checksums(prefix: Path, manifest: Manifest | None, bin_digest: str) -> Iterator[str]:
+def _wrong_checksums(prefix: str, manifest: Manifest | None, bin_digest: str) -> Iterator[str]:
     if manifest is None or manifest.checksums is None:
         return
-    bin_path, idx_path, _ = corpus_files(prefix)
-    with idx_path.open("rb") as stream:
-        idx_digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    index, idx_hash = open_file(f"{prefix}.idx"), hashlib.sha256()
+    for start in range(0, index.size, CHUNK * 8):
+        idx_hash.update(index.read(start, min(CHUNK * 8, index.size - start)))
     for path, found, stated in (
-        (bin_path, bin_digest, manifest.checksums.bin),
-        (idx_path, idx_digest, manifest.checksums.idx),
+        (f"{prefix}.bin", bin_digest, manifest.checksums.bin),
+        (f"{prefix}.idx", idx_hash.hexdigest(), manifest.checksums.idx),
     ):
         if found != stated:
             yield f"{path}: its sha256 is {found}, but was {stated} when it was made"

@@ -71,7 +71,7 @@ def filter_command(
     if (classifier is None) != (min_score is None):
         raise UserError("--classifier and --min-score go together: give both, or none")
     sources = Sources(inputs, text_key)
-    check_output(output, sources.files, overwrite)
+    check_output(output, sources, overwrite)
     limits = load_rules(rules) if rules else Rules()
     settings = {"rules": limits.model_dump(mode="json"), "classifier": classifier, "min_score": min_score}
     report = Report(command="filter", inputs=[str(path) for path in inputs], settings=settings)
@@ -108,7 +108,7 @@ def dedup_command(
     from data_tools.sources import Sources
 
     sources = Sources(inputs, text_key)
-    check_output(output, sources.files, overwrite)
+    check_output(output, sources, overwrite)
     signer = Signer(ngram, 0 if exact else bands, rows)
     settings: dict[str, object] = {"near_duplicates": not exact}
     if not exact:
@@ -154,17 +154,16 @@ def decontaminate_command(
     """
     from data_tools.cleaning.decontaminate import DecontaminationReport, TaskCounts, decontaminate
     from data_tools.cleaning.evaluations import Evaluations
-    from data_tools.cleaning.output import check_output, report_path
+    from data_tools.cleaning.output import check_output, check_place, report_path
     from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
 
     sources = Sources(inputs, text_key)
     if output is not None and report_only is None:
-        check_output(output, sources.files, overwrite)
+        check_output(output, sources, overwrite)
         report_file = report_path(output)
     elif report_only is not None and output is None:
-        if report_only.exists() and not overwrite:
-            raise UserError(f"{report_only}: already there; give another --report-only, or --overwrite to replace it")
+        check_place(report_only, "--report-only", sources, overwrite)
         report_file = report_only
     else:
         raise UserError("give --output to remove contaminated documents, or --report-only to count them; one of both")

@@ -74,7 +74,7 @@ def decontaminate(
     read, note)` is called now and then.
 
     Raises:
-        UserError: no document was read, none kept, or a worker died. Nothing is written then.
+        UserError: no document was read, none kept, the input changed, or a worker died. Nothing is written then.
     """
     found = np.zeros(sum(evaluations.examples), dtype=bool)
     removed_documents = 0
@@ -96,6 +96,7 @@ def decontaminate(
         for task, count in zip(evaluations.tasks, evaluations.examples, strict=True):
             report.tasks[task].examples_found = int(found[start : start + count].sum())
             start += count
+        sources.refuse_changed()
         report.finish(sources, written=output is not None)
         report.save(report_file)
 

@@ -58,7 +58,8 @@ def filter_documents(
     `progress(bytes read, note)` is called now and then.
 
     Raises:
-        UserError: no document was read or kept, the classifier failed, or a worker died. Nothing is written then.
+        UserError: no document was read or kept, the input changed, the classifier failed, or a worker died. Nothing is
+            written then.
     """
     with document_writer(output) as write:
         for document, broken in map_texts(judge, sources, workers):
@@ -70,5 +71,6 @@ def filter_documents(
                 report.remove(rule, document).offer(sample, samples)
             report.count(document, kept=broken is None)
             progress(sources.bytes_read, f"{report.kept_documents:,} of {report.documents:,} documents kept")
+        sources.refuse_changed()
         report.finish(sources)
         report.save(report_path(output))

@@ -4,13 +4,14 @@ import fcntl
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import zstandard
 
+from data_tools.sources import Sources
 from llada_train.config.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -21,20 +22,29 @@ def report_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.report.json")
 
 
-def check_output(output: Path, inputs: Sequence[Path], overwrite: bool) -> None:
-    """`inputs` are files.
-
+def check_output(output: Path, sources: Sources, overwrite: bool) -> None:
+    """
     Raises:
-        UserError: the name has no known suffix, or the file exists and may not be replaced.
+        UserError: the name has no known suffix, or as `check_place`.
     """
     if not output.name.endswith(SUFFIXES):
         raise UserError(f"{output}: --output has to end in {', '.join(SUFFIXES)}")
-    if not output.exists():
+    check_place(output, "--output", sources, overwrite)
+
+
+def check_place(path: Path, option: str, sources: Sources, overwrite: bool) -> None:
+    """`option` is what names `path`.
+
+    Raises:
+        UserError: it lies in a folder that is read, or exists and may not be replaced.
+    """
+    sources.refuse_output(path)
+    if not path.exists():
         return
     if not overwrite:
-        raise UserError(f"{output}: already there; give another --output, or --overwrite to replace it")
-    if any(path.samefile(output) for path in inputs):
-        raise UserError(f"{output}: is part of the input; give another --output")
+        raise UserError(f"{path}: already there; give another {option}, or --overwrite to replace it")
+    if any(file.samefile(path) for file in sources.files):
+        raise UserError(f"{path}: is part of the input; give another {option}")
 
 
 @contextmanager

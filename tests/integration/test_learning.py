@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from data_tools.cli import app as data_app
 from llada_train.config.load import load_config
-from llada_train.data.corpus import CorpusWriter
+from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.tokenizer import EOS_TOKEN, MASK_TOKEN, Tokenizer
 
 SYMBOLS = "abcdefgh"

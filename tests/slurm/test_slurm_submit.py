@@ -10,7 +10,7 @@ from conftest import write_config
 
 from llada_train.config.cluster import ClusterConfig
 from llada_train.config.load import load
-from llada_train.data.corpus import CorpusWriter
+from llada_train.data.corpus_writer import CorpusWriter
 
 EOS = 1  # of the tokenizer of `tiny_data`
 CPU = ("--cluster", "configs/cluster/cpu.yaml")

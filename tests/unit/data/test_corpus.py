@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder, get_idx_path
 
 from llada_train.config.errors import UserError
-from llada_train.data import corpus as corpus_module
-from llada_train.data.corpus import Checksums, Corpus, CorpusWriter, Manifest, token_dtype
+from llada_train.data import corpus_writer
+from llada_train.data.corpus import Checksums, Corpus, Manifest
+from llada_train.data.corpus_writer import CorpusWriter, token_dtype
 
 DOCUMENTS = [[5, 6, 7], [8], [], [65_499, 0, 1, 2]]
 
@@ -33,7 +34,7 @@ def prefix(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 20])
 def test_megatron_reads_what_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: type, chunk: int) -> None:
-    monkeypatch.setattr(corpus_module, "CHUNK", chunk)  # the index is written in pieces of any size
+    monkeypatch.setattr(corpus_writer, "CHUNK", chunk)  # the index is written in pieces of any size
     dataset = IndexedDataset(str(write(tmp_path / "c", DOCUMENTS, dtype)))
     assert dataset.index.dtype is dtype
     assert [dataset[i].tolist() for i in range(len(dataset))] == DOCUMENTS

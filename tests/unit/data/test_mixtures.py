@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
-from llada_train.data.corpus import Corpus, CorpusWriter
+from llada_train.data.corpus import Corpus
+from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.order import Order, permute, unpermute
 from llada_train.data.rows import PretrainingData
 from llada_train.training.metrics import plan_lines

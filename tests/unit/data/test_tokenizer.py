@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_tools.train_tokenizer import add_special_tokens, train_tokenizer
+from data_tools.train_tokenizer import Kind, add_special_tokens, train_tokenizer
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import token_dtype
+from llada_train.data.corpus_writer import token_dtype
 from llada_train.data.tokenizer import BOS_TOKEN, EOS_TOKEN, MASK_TOKEN, Tokenizer
 
 TEXTS = ["def f(x):\n    return x + 1\n", "Grüße, 世界! 🙂\r\n\ttab", "the cat sat on the mat, the cat sat"] * 3
@@ -177,6 +177,43 @@ def test_a_missing_token_and_how_to_add_it(folder: Path, files: Path, tmp_path: 
     assert after.vocab_size == before.vocab_size + 1
     theirs = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert (theirs.mask_token_id, theirs.eos_token_id) == (after.mask_id, after.eos_id)
+
+
+def test_only_the_tokenizer_of_a_model_is_copied(files: Path, tmp_path: Path) -> None:
+    edit(files / "tokenizer_config.json", mask_token="<none>")
+    (files / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<|eot_id|>"}))
+    (files / "added_tokens.json").write_text(json.dumps({"<other>": 300}))
+    for name in ("chat_template.jinja", "tokenization_mine.py", "model.safetensors", "config.json"):
+        (files / name).write_text("{}")
+    new = tmp_path / "new"
+    add_special_tokens(files, new)
+    kept = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenization_mine.py"}
+    assert {path.name for path in new.iterdir()} == kept
+    assert AutoTokenizer.from_pretrained(new).mask_token_id == Tokenizer.load(new).mask_id
+    before = {path.name for path in files.iterdir()}
+    add_special_tokens(files, files)  # the model's own folder
+    assert {path.name for path in files.iterdir()} == before - {"special_tokens_map.json", "added_tokens.json"}
+    assert AutoTokenizer.from_pretrained(files).mask_token_id == Tokenizer.load(files).mask_id
+
+
+def test_a_tokenizer_is_replaced_whole_or_not_at_all(
+    files: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in files.iterdir()}
+
+    def no_space(path: Path, data: bytes) -> int:
+        if path.name.startswith("tokenizer_config"):
+            raise OSError("no space left")
+        return write_bytes(path, data)
+
+    before, write_bytes = content(), Path.write_bytes
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(Path, "write_bytes", no_space)
+        train_tokenizer(iter(TEXTS), 300, files, Kind.SENTENCEPIECE_BPE)
+    assert content() == before
+    train_tokenizer(iter(TEXTS), 300, files, Kind.SENTENCEPIECE_BPE)
+    assert content().keys() == {"tokenizer.model", "tokenizer_config.json"}
 
 
 def test_faulty_files(files: Path) -> None:

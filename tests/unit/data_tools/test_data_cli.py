@@ -4,10 +4,12 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_tools import cli
-from llada_train.data.corpus import Corpus, CorpusWriter
+from llada_train.data.corpus import Corpus
+from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.tokenizer import Tokenizer
 
 TEXTS = {"a.txt": "the cat sat", "b.py": "x = '<|mdm_mask|>'\n", "c.txt": "Grüße 🙂"}
@@ -153,6 +155,29 @@ def test_the_ways_of_looking_at_a_corpus(text: Path, tokenizer: Path, tmp_path: 
     assert llada_data("verify", tmp_path / "with", "--tokenizer", tokenizer)[0] == 0
     assert "already there" in llada_data(*arguments, tmp_path / "with")[2]
     assert "is the corpus that is read" in llada_data(*arguments, without)[2]
+
+
+def test_a_corpus_of_many_files_in_a_storage(text: Path, tokenizer: Path, tmp_path: Path, llada_data) -> None:
+    for name in ("part-1", "part-2"):
+        llada_data("tokenize", text, "--tokenizer", tokenizer, "--output", tmp_path / name)
+    storage = fsspec.filesystem("memory")
+    for path in tmp_path.glob("part-*.*"):
+        storage.pipe_file(f"/{tmp_path.name}/{path.name}", path.read_bytes())
+    for prefix in (f"{tmp_path}/part-*", f"memory://{tmp_path.name}/part-*"):
+        code, out, err = llada_data("inspect", prefix, "--tokenizer", tokenizer, "--samples", 6)
+        assert code == 0, err
+        assert re.search(r"documents +6\n", out)
+        assert out.count("the cat sat<|endoftext|>") == 2
+        code, out, err = llada_data("verify", prefix)
+        assert (code, "6 documents" in out) == (0, True), err
+        code, _, err = llada_data("add-eos", prefix, "--tokenizer", tokenizer, "--output", tmp_path / "new")
+        assert (code, "part-*: no corpus" in err) == (2, True)
+    data = bytearray((tmp_path / "part-2.bin").read_bytes())
+    data[0] ^= 1
+    storage.pipe_file(f"/{tmp_path.name}/part-2.bin", bytes(data))
+    code, out, _ = llada_data("verify", prefix)
+    assert code == 1
+    assert re.fullmatch(r"memory://\S+/part-2\.bin: its sha256 is .*\n", out)
 
 
 def test_text_is_no_command_to_the_terminal(text: Path, tokenizer: Path, tmp_path: Path, llada_data) -> None:

@@ -1,11 +1,13 @@
 """The same corpus for any number of processes and machines, and after any interruption."""
 
+import contextlib
 import fcntl
 import gzip
 import hashlib
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,8 @@ from data_tools.sources import Sources
 from data_tools.tokenize import Shard, tokenize
 from data_tools.train_tokenizer import train_tokenizer
 from llada_train.config.errors import UserError
-from llada_train.data.corpus import Corpus, CorpusWriter, Manifest
+from llada_train.data.corpus import Corpus, Manifest
+from llada_train.data.corpus_writer import CorpusWriter
 
 WORDS = "the of and to in is that it was for on are as with his they at be this from".split()  # noqa: SIM905
 UNIT = 1500  # bytes
@@ -164,11 +167,32 @@ def test_finished_parts_are_not_made_again(folder: Path, tmp_path: Path) -> None
 def test_a_part_that_does_not_fit_its_report_is_refused(folder: Path, tmp_path: Path) -> None:
     """As when parts are copied together from several machines."""
     tokenize(Sources([folder / "text"]), folder / "tokenizer", tmp_path / "c", shard=Shard(0, 1))
-    for suffix in (".bin", ".idx"):
-        (tmp_path / "c.parts" / f"00002{suffix}").write_bytes((tmp_path / "c.parts" / f"00001{suffix}").read_bytes())
-    with Parts.resume(tmp_path / "c") as parts, pytest.raises(UserError, match=r"00002: is not what its \.json says"):
-        parts.merge()
-    assert not (tmp_path / "c.idx").exists()
+    parts = tmp_path / "c.parts"
+    flipped = bytearray((parts / "00002.bin").read_bytes())
+    flipped[20] ^= 1  # on the way, or on a disk
+    for damaged in (
+        {".bin": bytes(flipped)},
+        {suffix: (parts / f"00001{suffix}").read_bytes() for suffix in (".bin", ".idx")},
+    ):
+        for suffix, data in damaged.items():
+            (parts / f"00002{suffix}").write_bytes(data)
+        why = r"00002: is not what its \.json says"
+        with Parts.resume(tmp_path / "c") as resumed, pytest.raises(UserError, match=why):
+            resumed.merge()
+        assert not (tmp_path / "c.idx").exists()
+
+
+def test_a_tokenizer_that_changes_while_it_is_used_is_refused(folder: Path, tmp_path: Path) -> None:
+    train_tokenizer(iter(["another"]), 280, tmp_path / "new")
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+
+    def change(line: str) -> None:
+        assert line.startswith("encoding ")
+        shutil.copytree(tmp_path / "new", tmp_path / "tokenizer", dirs_exist_ok=True)
+
+    with pytest.raises(UserError, match="tokenizer: changed while it was in use; run the command again"):
+        tokenize(Sources([folder / "text"]), tmp_path / "tokenizer", tmp_path / "c", workers=2, tell=change)
+    assert not list((tmp_path / "c.parts").glob("[0-9]*"))
 
 
 def test_parts_of_other_work_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -256,8 +280,9 @@ def test_a_full_disk_ends_it_and_it_goes_on(folder: Path, tmp_path: Path, reques
 def test_a_worker_that_is_killed_is_a_user_error(folder: Path, tmp_path: Path) -> None:
     def kill(size: int, documents: int, tokens: int) -> None:
         for child in psutil.Process().children() if documents else ():
-            if any("spawn_main" in word for word in child.cmdline()):
-                child.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):  # killed when it was told of another part
+                if any("spawn_main" in word for word in child.cmdline()):
+                    child.send_signal(signal.SIGKILL)
 
     with pytest.raises(UserError, match=r"a tokenizing process died.*goes on from what is finished"):
         tokenize(Sources([folder / "text"]), folder / "tokenizer", tmp_path / "c", workers=2, report=kill)

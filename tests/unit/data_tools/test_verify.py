@@ -14,7 +14,8 @@ from data_tools.train_tokenizer import train_tokenizer
 from data_tools.verify import add_eos, length_histogram, samples, verify
 from llada_train.config.errors import UserError
 from llada_train.data import indexed
-from llada_train.data.corpus import Corpus, CorpusWriter
+from llada_train.data.corpus import Corpus
+from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.tokenizer import Tokenizer
 
 EOS = 1  # of tiny_data's tokenizer, which has 300 ids
@@ -23,7 +24,7 @@ EOS = 1  # of tiny_data's tokenizer, which has 300 ids
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Corpora of tests span several."""
-    for module in ("data_tools.verify", "llada_train.data.indexed", "llada_train.data.corpus"):
+    for module in ("data_tools.verify", "llada_train.data.indexed", "llada_train.data.corpus_writer"):
         monkeypatch.setattr(f"{module}.CHUNK", 7)
 
 
@@ -43,9 +44,9 @@ def write(prefix: Path, documents: list[list[int]]) -> Path:
 
 def test_a_sound_corpus_has_no_faults(tiny_data: Path, tokenizer: Tokenizer) -> None:
     read = []
-    assert not list(verify(tiny_data / "corpus", None, read.append))
+    assert not list(verify(Corpus(tiny_data / "corpus"), None, read.append))
     assert sum(read) == (tiny_data / "corpus.bin").stat().st_size
-    assert not list(verify(tiny_data / "corpus", tokenizer))
+    assert not list(verify(Corpus(tiny_data / "corpus"), tokenizer))
 
 
 DOCUMENT = st.lists(st.integers(0, 310), max_size=9)
@@ -59,7 +60,7 @@ def test_faults_are_counted(
     folder = tmp_path_factory.mktemp("c")
     if not any(documents):
         return
-    found = "\n".join(verify(write(folder / "c", documents), tokenizer))
+    found = "\n".join(verify(Corpus(write(folder / "c", documents)), tokenizer))
     outside = [(token, place) for place, token in enumerate(chain.from_iterable(documents)) if token >= 300]
     counts = {
         "ids are not below 300": len(outside),
@@ -68,7 +69,7 @@ def test_faults_are_counted(
         "EOS are inside documents": sum(document[:-1].count(EOS) for document in documents),
     }
     for what, count in counts.items():
-        assert re.findall(rf"^(\d+) .*{what}", found, re.MULTILINE) == ([str(count)] if count else []), what
+        assert re.findall(rf"^{folder}/c: (\d+) .*{what}", found, re.MULTILINE) == ([str(count)] if count else []), what
     if outside:
         assert f"the first is {outside[0][0]}, token {outside[0][1]}" in found
         with pytest.raises(UserError, match="give the one it was made with"):
@@ -96,7 +97,7 @@ def test_damage_is_named(tiny_data: Path, tmp_path: Path, damage: Callable[[Path
     for suffix in (".bin", ".idx", ".json"):
         Path(f"{prefix}{suffix}").write_bytes(Path(f"{tiny_data / 'corpus'}{suffix}").read_bytes())
     damage(prefix)
-    assert re.search(message, "\n".join(verify(prefix, None)))
+    assert re.search(message, "\n".join(verify(Corpus(prefix), None)))
 
 
 def flip(prefix: Path, suffix: str, place: int) -> None:
@@ -108,10 +109,10 @@ def flip(prefix: Path, suffix: str, place: int) -> None:
 
 def test_what_to_compare_with(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no manifest .* give its --tokenizer"):
-        list(verify(write(tmp_path / "c", [[5, EOS]]), None))
+        list(verify(Corpus(write(tmp_path / "c", [[5, EOS]])), None))
     other = train_tokenizer(iter(["another"]), 280, tmp_path / "t")
     with pytest.raises(UserError, match="was made with another tokenizer"):
-        list(verify(tiny_data / "corpus", other))
+        list(verify(Corpus(tiny_data / "corpus"), other))
 
 
 def test_corpora_of_megatron(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -120,16 +121,16 @@ def test_corpora_of_megatron(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for i in range(20):
         builder.add_document(torch.tensor([5] * (i + 3) + [EOS]), [2, i + 2])
     builder.finalize(get_idx_path(str(tmp_path / "c")))
-    assert not list(verify(tmp_path / "c", tokenizer))
-    assert length_histogram(tmp_path / "c") == [(4, 1, 4), (8, 4, 26), (16, 8, 100), (32, 7, 140)]
+    assert not list(verify(Corpus(tmp_path / "c"), tokenizer))
+    assert length_histogram(Corpus(tmp_path / "c")) == [(4, 1, 4), (8, 4, 26), (16, 8, 100), (32, 7, 140)]
 
 
 def test_what_is_in_it(tiny_data: Path, tokenizer: Tokenizer) -> None:
-    prefix, corpus = tiny_data / "corpus", Corpus(tiny_data / "corpus")
-    rows = length_histogram(prefix)
+    corpus = Corpus(tiny_data / "corpus")
+    rows = length_histogram(corpus)
     assert sum(documents for _, documents, _ in rows) == corpus.num_documents
     assert sum(tokens for _, _, tokens in rows) == corpus.num_tokens
-    shown = samples(prefix, tokenizer, 3, 10_000)
+    shown = samples(corpus, tokenizer, 3, 10_000)
     assert [number for number, _ in shown] == [0, 100, 200]
     assert shown[1][1] == (tiny_data / "text" / "0100.txt").read_text() + "<|endoftext|>"
-    assert samples(prefix, tokenizer, 1, 2)[0][1].endswith(" …")
+    assert samples(corpus, tokenizer, 1, 2)[0][1].endswith(" …")

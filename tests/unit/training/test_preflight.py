@@ -9,7 +9,8 @@ from conftest import copy_corpus, record_checkpoint
 
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
-from llada_train.data.corpus import Corpus, CorpusWriter
+from llada_train.data.corpus import Corpus
+from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
 from llada_train.training.preflight import check_corpora, check_phases, open_inputs

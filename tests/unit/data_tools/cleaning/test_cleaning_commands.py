@@ -137,6 +137,11 @@ def test_dedup_and_decontaminate(texts: Path, tmp_path: Path, llada_data: Run) -
     [
         ("filter IN --output out.txt", "out.txt: --output has to end in .jsonl, .jsonl.gz, .jsonl.zst"),
         ("filter IN --output IN --overwrite", "texts.jsonl: is part of the input; give another --output"),
+        ("filter IN empty --output empty/out.jsonl", "empty/out.jsonl: lies in empty, which is read"),
+        ("dedup IN empty --output empty/out.jsonl", "empty/out.jsonl: lies in empty, which is read"),
+        ("decontaminate IN empty --against IN --output empty/out.jsonl", "out.jsonl: lies in empty, which is read"),
+        ("decontaminate IN empty --against IN --report-only empty/r.json", "r.json: lies in empty, which is read"),
+        ("decontaminate IN --against IN --report-only IN --overwrite", "texts.jsonl: is part of the input; give anoth"),
         ("filter IN --output out.jsonl --min-score 1", "--classifier and --min-score go together"),
         ("filter IN --output out.jsonl --min-score 1 --classifier c.py", "expected FILE.py:FUNCTION"),
         ("filter IN --output out.jsonl --min-score 1 --classifier c.py:none", "c.py: has no function 'none'"),
@@ -171,6 +176,23 @@ def test_errors_are_one_message_and_write_nothing(
     assert err.count("\n") == 1
     assert message in err
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
+
+
+def test_an_input_that_changes_while_it_is_read_is_noticed(
+    texts: Path, tmp_path: Path, llada_data: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quiz.txt").write_text(GOOD[2])
+
+    def change(*_: object) -> None:
+        with texts.open("a") as file:
+            file.write("\n")
+
+    monkeypatch.setattr("data_tools.progress.ByteProgress.update", change)
+    for command in (("filter",), ("decontaminate", "--against", tmp_path / "quiz.txt")):
+        code, _, err = llada_data(*command, texts, "--output", tmp_path / "out.jsonl")
+        assert code == 2
+        assert "texts.jsonl: changed while it was read; run the command again" in err
+        assert not list(tmp_path.glob("*out.jsonl*"))
 
 
 def test_an_existing_output_is_kept(texts: Path, tmp_path: Path, llada_data: Run) -> None:
