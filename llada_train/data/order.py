@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from llada_train.objective.keyed import Purpose
 
-QUANTA = 1 << 20  # weights are multiples of 1/QUANTA
+QUANTA = 1 << 18  # weights are multiples of 1/QUANTA
 ROUNDS = 8
 MAX_SIZE = 1 << 62
 
@@ -84,7 +84,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Mixture:
     """Interleaves corpora by weight, without state.
 
-    The weights are rounded to k_c / 2^20, each k_c at least 1 (0 for a weight of 0), and K = Σ k_c blocks make one
+    The weights are rounded to k_c / 2^18, each k_c at least 1 (0 for a weight of 0), and K = Σ k_c blocks make one
     period, in which corpus c comes exactly k_c times, its j-th time at the place (j + ½) / k_c of the period.
 
     Any prefix of n blocks holds n·w_c blocks of corpus c within ½ + ½·w_c·max(0, C − 2), with w_c = k_c / K and C

@@ -328,14 +328,14 @@ class PretrainingData:
                 )
 
     def _check_token_counts(self) -> None:
-        """Where tokens are asked for, the mixture gives them, to a hundredth; its shares are fractions of 2^20."""
+        """Where tokens are asked for, the mixture gives them, to a hundredth; its shares are multiples of 2^-18."""
         for corpus, plan in zip(self._config.data.corpora, self.plan, strict=True):
             asked = corpus.tokens or 0
             step = self.timeline.phase(0).tokens_per_step
             if asked and abs(plan.run_tokens - asked) > max(asked / 100, step):
                 raise UserError(
                     f"{corpus.path}: is to give {asked:,} tokens of the run, but the mixture would take "
-                    f"{plan.run_tokens:,}: shares are multiples of a millionth; ask for more, or put it into another "
+                    f"{plan.run_tokens:,}: shares are multiples of 1/262,144; ask for more, or put it into another "
                     "corpus"
                 )
 
