@@ -193,10 +193,8 @@ def doctor(
     for problem in report.problems:
         typer.echo(f"{report.node}: AT FAULT: {problem}")
     if not report.problems:
-        against = (
-            "the site's facts" if cluster is not None else "nothing but itself: give --cluster for the site's facts"
-        )
-        typer.echo(f"{report.node}: no fault found, compared with {against}")
+        limits = "by the site's limits" if cluster is not None else "but rates have no limits without --cluster"
+        typer.echo(f"{report.node}: no fault found, {limits}")
     raise typer.Exit(int(bool(report.problems)))
 
 
