@@ -31,10 +31,11 @@ class Tokenizer:
         self._backend = backend
         self.fingerprint = fingerprint
         """sha256 of tokenizer.json or the sentencepiece model, in hexadecimal."""
-        self.vocab_size = max(backend.vocab.values()) + 1
+        vocab = backend.vocab
+        self.vocab_size = max(vocab.values()) + 1
         """The largest id + 1: how many ids a model must read."""
-        self.eos_id = backend.vocab[eos_token]
-        self.mask_id = backend.vocab[mask_token]
+        self.eos_id = vocab[eos_token]
+        self.mask_id = vocab[mask_token]
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -51,9 +52,10 @@ class Tokenizer:
         else:
             assert files.sentencepiece is not None
             backend = files.sentencepiece
+        vocab = backend.vocab
         for key, token in (("eos_token", eos_token), ("mask_token", mask_token)):
             # As unigram and word-level models do, and BPE that takes whole words from its vocabulary.
-            if any(backend.vocab[token] in ids for ids in backend.encode_batch([token, f"a{token}a", f"a {token} a"])):
+            if any(vocab[token] in ids for ids in backend.encode_batch([token, f"a{token}a", f"a {token} a"])):
                 raise UserError(
                     f"{path}: text can produce the {key.replace('_', ' ')}, {token!r}; let {path / CONFIG_FILE} name "
                     f"one that is new as its {key}, and add it by `llada-data add-mask-token {path} --output FOLDER`"

@@ -31,7 +31,10 @@ _PLAIN_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", 
 class Backend(Protocol):
     """A tokenizer whose special tokens no text can produce."""
 
-    vocab: dict[str, int]
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Token → id; made anew each time, since it may be large and is needed seldom."""
+        ...
 
     @property
     def definition(self) -> dict[str, Any] | None:
@@ -74,10 +77,13 @@ class HuggingFaceBackend:
         if isinstance(backend.model, tokenizers.models.BPE):
             backend.model.dropout = None
         self._backend = backend
-        self.vocab = backend.get_vocab(with_added_tokens=True)
         added = backend.get_added_tokens_decoder().values()
         self._special = {token.content for token in added if token.special}
         self._added = {token.content for token in added}
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self._backend.get_vocab(with_added_tokens=True)
 
     @property
     def definition(self) -> dict[str, Any]:
