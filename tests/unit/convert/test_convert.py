@@ -389,8 +389,8 @@ def peak(work: Any, out: Any) -> None:
 
 
 def test_memory_holds_pieces_of_tensors(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both directions on a model whose two largest tensors are 32 MB each, as fp32."""
-    released_folder(tmp_path / "hf", d_model=64, n_layers=1, mask_token_id=2, eos_token_id=1)
+    """Both directions on a model whose two largest tensors are 128 MB each, as fp32."""
+    released_folder(tmp_path / "hf", d_model=256, n_layers=1, mask_token_id=2, eos_token_id=1)
     for file in tokenizer.iterdir():  # the released one takes more memory than these weights
         shutil.copy(file, tmp_path / "hf")
     monkeypatch.setattr(from_hf_module, "_CHUNK", 1 << 17)
@@ -409,7 +409,7 @@ def test_memory_holds_pieces_of_tensors(tokenizer: Path, tmp_path: Path, monkeyp
         child = fork.Process(target=peak, args=(work, results))
         child.start()
         child.join()
-        assert results.get() < 24 * 2**20  # buffers, the tokenizer and the interpreter: less than one of the two
+        assert results.get() < 64 * 2**20  # buffers and what the interpreter loads (20 to 30 MB): half of one of the two
 
 
 class ToyConfig(LLaDAConfig):
