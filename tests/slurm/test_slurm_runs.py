@@ -74,8 +74,9 @@ def test_time_limit_preemption_cancellation(
     assert refused.returncode == 2 and f"job {run.job} of this run is" in refused.stderr
 
     processes = run.held(restart=0)
-    slurm.run("scancel", "--signal=USR1", "--batch", run.job)  # what SLURM sends before the time limit
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=2")  # SLURM signals a minute before
     run.signalled(processes, signal.SIGUSR1)
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     run.held(restart=1)  # SLURM wakes whom it ends
     urgent = slurm.output(
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true"
