@@ -61,6 +61,8 @@ def open_run(
     inputs = open_inputs(config_file, overrides, processes, accept_config_changes=True)
     check_corpora(inputs.run, inputs.data)
     data, progress = inputs.data, inputs.run.progress
+    if not isinstance(data, PretrainingData):
+        raise UserError(f"{config_file}: only pre-training can be traced, and this is SFT")
     if progress is not None:
         data = data.at(data.timeline_after(progress.phases, progress.consumed_samples))
     return inputs.config, data

@@ -49,6 +49,7 @@ def model_card(name: str, manifest: AnyManifest, dtype: str) -> str:
     made = "pre-trained with llada_train"
     if isinstance(manifest, Manifest):
         facts |= _training(manifest)
+        made = made if manifest.config.sft is None else "fine-tuned on dialogues with llada_train"
     else:
         made = f"imported from `{manifest.imported_from}` and not trained since"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
@@ -63,9 +64,9 @@ def _training(manifest: Manifest) -> dict[str, str]:
     return {
         "steps": f"{progress.step:,}",
         "tokens (nominal)": f"{Timeline(config, progress.phases, samples).tokens(samples):,}",
-        "sequences": f"{samples:,} of {config.data.sequence_length:,} tokens",
+        "sequences": f"{samples:,} of {'' if config.sft is None else 'at most '}{config.data.sequence_length:,} tokens",
         "batch": f"{config.training.global_batch_size:,} sequences",
-        "corpora": corpora,
+        "corpora" if config.sft is None else "data sets": corpora,
         "learning rate": f"{max(phase.end for phase in config.optimizer.learning_rate):g} at most, AdamW",
         "weight decay": f"{config.optimizer.weight_decay:g}",
         "precision": config.training.precision,

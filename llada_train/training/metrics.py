@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llada_train.config.errors import UserError
-from llada_train.data.rows import CorpusPlan
+from llada_train.data.training_data import CorpusPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,8 +231,8 @@ def plan_lines(plan: Sequence[CorpusPlan]) -> list[str]:
     """What the whole run reads of each corpus, a line each."""
     width = max(len(corpus.name) for corpus in plan)
     return [
-        f"{corpus.name:<{width}}  {_short(corpus.corpus_tokens):>7} tokens in the corpus, "
-        f"{_short(corpus.run_tokens):>7} in the run: {corpus.share:7.2%}, {corpus.epochs:.3g} epochs"
+        f"{corpus.name:<{width}}  {_short(corpus.size):>7} {corpus.unit} in the corpus, "
+        f"{_short(corpus.run_size):>7} in the run: {corpus.share:7.2%}, {corpus.epochs:.3g} epochs"
         for corpus in plan
     ]
 

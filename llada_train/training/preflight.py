@@ -10,8 +10,9 @@ from llada_train.config.errors import UserError
 from llada_train.config.load import load_config, model_differences
 from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config, ModelConfig
-from llada_train.data.rows import PretrainingData
+from llada_train.data.opening import open_data
 from llada_train.data.timeline import Timeline
+from llada_train.data.training_data import TrainingData
 from llada_train.training.metrics import read_metrics
 from llada_train.training.run_folder import RunFolder
 
@@ -21,20 +22,21 @@ class Inputs:
     """What a run reads, opened and checked against each other, and the folder that it writes to."""
 
     config: Config
-    data: PretrainingData
+    data: TrainingData
     run: RunFolder
 
 
 def open_inputs(
     config_file: Path, overrides: Sequence[str], world_size: int | None = None, accept_config_changes: bool = False
 ) -> Inputs:
-    """Open everything that the config names; nothing is written.
+    """Open everything that the config names; nothing is written but the cache of tokenized data sets of an SFT run.
 
     Raises:
         UserError: config, data, tokenizer, run folder or `init_from` are at fault.
     """
     config = load_config(config_file, overrides, world_size)
-    data = PretrainingData(config)
+    data = open_data(config)
+    config = data.config
     inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
     read_metrics(config.run_dir)
     if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
@@ -72,7 +74,7 @@ def check_content(inputs: Inputs) -> None:
     check_corpora(inputs.run, inputs.data)
 
 
-def check_corpora(run: RunFolder, data: PretrainingData) -> None:
+def check_corpora(run: RunFolder, data: TrainingData) -> None:
     """A run's order of tokens hangs on its corpora, so they have to be those that it began with.
 
     Raises:

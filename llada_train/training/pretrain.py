@@ -14,7 +14,7 @@ from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation
-from llada_train.data.rows import PretrainingData
+from llada_train.data.training_data import TrainingData
 from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
@@ -67,7 +67,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if here.is_main:
                 run.record_changes(progress)
                 if progress.step == 0 or run.accepted_changes:
-                    print("\n".join(plan_lines(ours.plan)), flush=True)
+                    print("\n".join([*ours.description, *plan_lines(ours.plan)]), flush=True)
                 log = MetricsLog(run.path, progress.step, end_tokens)
                 journal = Journal(run.path, start, config.training.hang_timeout_seconds)
                 tokens = timeline.tokens(progress.consumed_samples)
@@ -103,7 +103,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
     return 0 if complete else STOPPED_EXIT_CODE
 
 
-def _check_the_same(data: PretrainingData, here: Topology) -> None:
+def _check_the_same(data: TrainingData, here: Topology) -> None:
     """All ranks have to see the same files, or each would read an order of its own; collective.
 
     Raises:

@@ -24,7 +24,7 @@ from llada_train.config.load import load_config  # noqa: E402
 from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
 from llada_train.data.loader import TrainingLoader, validation  # noqa: E402
-from llada_train.data.rows import PretrainingData  # noqa: E402
+from llada_train.data.opening import open_data  # noqa: E402
 from llada_train.model.weights import InitialWeights  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
 from llada_train.parallel.topology import Topology  # noqa: E402
@@ -51,7 +51,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
     here = topology.initialize(config.parallel)
     with nullcontext() if fault is None else FAULTS[fault]():
         engine = initial_engine(config, here)
-        data, size = PretrainingData(config), config.training.global_batch_size
+        data, size = open_data(config), config.training.global_batch_size
         loader = TrainingLoader(data, config, here.place)
         results, digests = [], []
         for step in range(steps):
@@ -84,7 +84,7 @@ def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: 
     here = topology.initialize(config.parallel)
     with nullcontext() if fault is None else FAULTS[fault]():
         engine = initial_engine(config, here)
-        batch = TrainingLoader(PretrainingData(config), config, here.place).global_batch(0)[0]
+        batch = TrainingLoader(open_data(config), config, here.place).global_batch(0)[0]
         norm = engine.train_step([batch] * count, LEARNING_RATE).gradient_norm
     topology.shutdown()
     return norm
