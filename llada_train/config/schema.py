@@ -408,6 +408,11 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
+    def command(self) -> str:
+        """Of `llada-train`: what trains a run of this kind."""
+        return "pretrain" if self.sft is None else "sft"
+
+    @property
     def lengths(self) -> dict[str, int]:
         """Every sequence length of the run, by its key."""
         return {"data.sequence_length": self.data.sequence_length} | self._scheduled("sequence_length")

@@ -27,14 +27,23 @@ class Inputs:
 
 
 def open_inputs(
-    config_file: Path, overrides: Sequence[str], world_size: int | None = None, accept_config_changes: bool = False
+    config_file: Path,
+    overrides: Sequence[str],
+    world_size: int | None = None,
+    accept_config_changes: bool = False,
+    command: str | None = None,
 ) -> Inputs:
     """Open everything that the config names; nothing is written but the cache of tokenized data sets of an SFT run.
 
+    `command` that was given: "pretrain" or "sft".
+
     Raises:
-        UserError: config, data, tokenizer, run folder or `init_from` are at fault.
+        UserError: config, data, tokenizer, run folder or `init_from` are at fault, or the command is not the config's.
     """
     config = load_config(config_file, overrides, world_size)
+    if command not in (None, config.command):
+        has = "no section `sft`" if config.sft is None else "a section `sft`"
+        raise UserError(f"{config_file}: has {has}; run it with `llada-train {config.command}`")
     data = open_data(config)
     config = data.config
     inputs = Inputs(config, data, RunFolder(config, accept_config_changes))

@@ -56,7 +56,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
         results, digests = [], []
         for step in range(steps):
             batches = loader.global_batch(step * size)
-            digests.append(digest(batches))
+            digests.append(digest(batches, masked_alone=config.sft is not None))
             results.append(engine.train_step(batches, LEARNING_RATE))
         held_out = validation(data, config, here.place)
         bounds = engine.evaluate(held_out.batches, len(held_out.t))
@@ -107,8 +107,11 @@ def digest_of_state(engine: Engine) -> str:
     return state.hexdigest()
 
 
-def digest(batches: list[Batch]) -> dict[int, int]:
-    """Sample → a sum over its tokens of a hash of place, id, target and weight: slices of a row add up to the row's."""
+def digest(batches: list[Batch], masked_alone: bool = False) -> dict[int, int]:
+    """Sample → a sum over its tokens of a hash of place, id, target and weight: slices of a row add up to the row's.
+
+    `masked_alone`: of masked tokens, since how far a row is padded may depend on the layout.
+    """
     digests: dict[int, int] = {}
     for batch in batches:
         B, S = batch.input_ids.shape
@@ -120,6 +123,8 @@ def digest(batches: list[Batch]) -> dict[int, int]:
         hashes = np.zeros((B, S), np.uint64)
         for part in (batch.position_ids, batch.input_ids, targets, weights.view(torch.int32).long()):
             hashes = _mix(hashes ^ part.view(B, S).numpy().astype(np.uint64))
+        if masked_alone:
+            hashes[weights.view(B, S).numpy() == 0] = 0
         for sample, row in zip(batch.sample_index.tolist(), hashes, strict=True):
             digests[sample] = int(row.sum(dtype=np.uint64))
     return digests
