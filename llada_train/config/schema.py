@@ -167,7 +167,8 @@ class SftConfig(Section):
     """Fine-tuning on dialogues (paper §2.3, Alg. 2): data.corpora are data sets, and only responses are noised."""
 
     chat_template: Annotated[str, Field(min_length=1)] = Field(
-        default="llada", description="llada: that of the released models; plain: texts alone; or a file with Jinja"
+        default="llada",
+        description="llada: that of the released models; plain: texts alone; or a file with Jinja, or Jinja itself",
     )
     dialogues: Literal["one_response", "all_responses"] = Field(
         default="one_response",

@@ -53,13 +53,15 @@ class DialogueError(Exception):
 
 
 def template_source(name: str) -> str:
-    """The Jinja text of "llada", "plain", or a file.
+    """The Jinja text of "llada", "plain", or a file; Jinja text is its own.
 
     Raises:
         UserError: there is no such file.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
+    if "{{" in name or "{%" in name:
+        return name
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,8 +75,9 @@ class ChatTemplate:
         Raises:
             UserError: there is no such template, it is not Jinja, or the tokenizer lacks a special token of it.
         """
-        self._name, self._tokenizer = name, tokenizer
         self.source = template_source(name)
+        name = "as given" if name == self.source else name
+        self._name, self._tokenizer = name, tokenizer
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as transformers reads them
         environment.globals["raise_exception"] = _refuse
         try:

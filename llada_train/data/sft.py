@@ -15,6 +15,7 @@ import numpy as np
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, CorpusConfig, LearningRatePhase, SftConfig
+from llada_train.data.chat import TEMPLATES, template_source
 from llada_train.data.prepared import PreparedSet
 from llada_train.data.training_data import Row, TrainingData
 from llada_train.objective.forward_process import Noise, fine_tuning_noise, validation_noise
@@ -114,7 +115,7 @@ class SftData(TrainingData):
         self._held_out = [corpus.validation_documents for corpus in config.data.corpora]
         for settings, examples in zip(config.data.corpora, self._examples, strict=True):
             _check_size(settings, examples, self.sequence_length)
-        self.config = _in_tokens(config, sum(self.blocks_per_corpus))
+        self.config = _resolved(config, config.sft, sum(self.blocks_per_corpus))
         self._follow(self.timeline_after())
 
     @property
@@ -245,8 +246,8 @@ def _check_size(settings: CorpusConfig, examples: _Examples, sequence_length: in
         )
 
 
-def _in_tokens(config: Config, examples: int) -> Config:
-    """The config with its learning-rate phases in tokens, rounded up to whole steps.
+def _resolved(config: Config, sft: SftConfig, examples: int) -> Config:
+    """The config with a template of its own as text, and learning-rate phases in tokens, rounded up to whole steps.
 
     Raises:
         UserError: one does not come after the one before.
@@ -269,4 +270,6 @@ def _in_tokens(config: Config, examples: int) -> Config:
             )
         phases.append(LearningRatePhase(until_tokens=until, end=phase.end, start=phase.start))
     optimizer = config.optimizer.model_copy(update={"learning_rate": phases})
-    return config.model_copy(update={"optimizer": optimizer})
+    if sft.chat_template not in TEMPLATES:
+        sft = sft.model_copy(update={"chat_template": template_source(sft.chat_template)})
+    return config.model_copy(update={"optimizer": optimizer, "sft": sft})

@@ -13,6 +13,11 @@ def test_pretrain_configs_load(path: Path) -> None:
     load_config(path)
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sft").glob("*.yaml")), ids=lambda path: path.stem)
+def test_sft_configs_load(path: Path) -> None:
+    assert load_config(path, world_size=2).command == "sft"
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_model_configs_load(path: Path) -> None:
     config = load_config(CONFIGS / "pretrain" / "demo.yaml", [f"model={path}", "data.sequence_length=64"])
