@@ -159,8 +159,8 @@ def header(arguments: argparse.Namespace) -> str:
 - {arguments.tokens:,} tokens, hidden size {arguments.hidden}, vocabulary {VOCABULARY:,}, {arguments.precision}
 - `python benchmarks/head.py --device {arguments.device} {settings}`
 
-Forward and backward, seconds of a GPU or CPU seconds; memory beyond hidden states and weights. In pieces: 1 GiB of fp32 logits at once, made again in
-backward. Losses and gradients are the same to 1e-5 (bf16: 2e-2).
+Forward and backward, seconds of a GPU or CPU seconds; memory beyond hidden states and weights. In pieces: 1 GiB of
+fp32 logits at once, made again in backward. Losses and gradients are the same to 1e-5 (bf16: 2e-2).
 """
 
 
