@@ -140,21 +140,37 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead.")] = None,
 ) -> None:
-    """Bound on the held-out documents, against unigram and bigram models of the same tokens; on a GPU (bf16) or CPU."""
+    """Bound on the held-out documents, against unigram and bigram models of the same tokens; on a GPU (bf16) or CPU.
+
+    Of an SFT run: bound on the held-out responses, and how many of them the model gives exactly.
+    """
     import torch
 
     from llada_train.checkpoint.reader import open_verified
     from llada_train.convert.plain import plain_model
+    from llada_train.data.opening import open_data
     from llada_train.data.rows import PretrainingData
+    from llada_train.data.sft import SftData
+    from llada_train.evaluation.answers import AnswersReport, answers_report
     from llada_train.evaluation.report import held_out_report
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with open_verified(source) as weights:
         config = weights.config
         plain = plain_model(weights, config.model, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
-    data = PretrainingData(config)
-    with _progress("bound on held-out rows") as advance:
-        report = held_out_report(lambda ids: plain(ids.to(device)).logits, data, config, advance)
+    data = open_data(config)
+
+    def logits(ids: Any) -> Any:
+        return plain(ids.to(device)).logits[..., : data.tokenizer.vocab_size].to(ids.device)
+
+    report: Any
+    if isinstance(data, SftData):
+        with _progress("answers to held-out prompts") as advance:
+            report = answers_report(logits, data, advance)
+    else:
+        assert isinstance(data, PretrainingData)
+        with _progress("bound on held-out rows") as advance:
+            report = held_out_report(lambda ids: plain(ids.to(device)).logits, data, config, advance)
     text = json.dumps(dataclasses.asdict(report), indent=2)
     if output is not None:
         temporary = output.with_name(f"{output.name}.tmp")
@@ -163,6 +179,14 @@ def evaluate(
         return
     if as_json:
         typer.echo(text)
+        return
+    if isinstance(report, AnswersReport):
+        for prompt, response, answer in report.samples:
+            typer.echo(f"{prompt!r}: {response!r}, answered {answer!r}")
+        typer.echo(
+            f"{report.exact_matches:,} of {report.examples:,} held-out answers exact ({report.exact_match:.1%}); bound "
+            f"{report.bound:.3f} nats per token of responses"
+        )
         return
     from rich.console import Console
     from rich.table import Table
