@@ -152,7 +152,11 @@ def sft_matrix(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> "Ma
     processes.start()
     folder = tmp_path_factory.mktemp("sft-layouts")
     model = {f"model__{key}": value for key, value in MODEL.items()}
-    batch = {"objective__epsilon": 0.05, "training__global_batch_size": GLOBAL_BATCH_SIZE}
+    batch = {
+        "objective__epsilon": 0.05,
+        "training__global_batch_size": GLOBAL_BATCH_SIZE,
+        "validation__answers": 5,
+    }
     return Matrix(write_config(tiny_data, folder, **model, **sft_settings(tiny_data), **batch), "fp32", folder / "fp32")
 
 

@@ -90,6 +90,7 @@ def _kind_problems(config: Config) -> list[tuple[str, str]]:
     if config.sft is None:
         columns = [f"data.corpora.{i}.columns" for i, corpus in corpora if corpus.columns is not None]
         ends = [f"optimizer.learning_rate.{i}" for i, phase in phases if not phase.in_tokens]
+        columns += ["validation.answers"] * bool(config.validation.answers)
         return [(key, "is for SFT; add a section `sft`, or leave it out") for key in columns] + [
             (key, "ends at steps or epochs, which SFT alone can count; give until_tokens") for key in ends
         ]

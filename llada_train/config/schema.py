@@ -361,6 +361,9 @@ class CheckpointConfig(Section):
 class ValidationConfig(Section):
     interval_steps: PositiveInt = 1000
     sequences: PositiveInt = Field(default=256, description="rows of the held-out documents; the same noise every time")
+    answers: NonNegativeInt = Field(
+        default=0, description="SFT: so many of the held-out prompts are answered, too, and exact answers counted"
+    )
 
 
 class LoggingConfig(Section):

@@ -105,7 +105,7 @@ class TrainingLoader:
         """
         length = self._data.timeline.phase(first_sample).sequence_length
         rows = self._data.rows(first_sample, self.samples(first_sample))
-        return _micro_batches(rows, length, self._data, self._config, self._place)
+        return micro_batches(rows, length, self._data, self._config, self._place)
 
     def iterate(self, consumed_samples: int, until_samples: int) -> Generator[GlobalBatch, None, None]:
         """The global batches of the steps that follow consumed_samples, to before until_samples.
@@ -156,26 +156,30 @@ def validation(data: TrainingData, config: Config, place: Place = ALONE) -> Vali
     Rows without masks (sample_index -1) fill up, so that every rank has the same number of batches of the same shape.
     Over all ranks, Σ weight · NLL estimates the bound in nats per token.
     """
-    total = sum(data.validation_counts)
-    multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
-    rows_per_rank = -(-total // (place.data_parallel_size * multiple)) * multiple
-    length = data.sequence_length
-    empty = 1 if config.sft else length  # a row of pre-training always has all columns
-    filler = Row(FILLER, np.full(empty, data.tokenizer.eos_id), np.zeros(empty, bool), 1.0, 0.0, (empty,))
-    first = place.data_parallel_rank * rows_per_rank
-    own = range(min(first, total), min(first + rows_per_rank, total))
-    rows = data.validation_batch(own)
-    rows += [filler] * (rows_per_rank - len(own))
+    own, fillers = place_rows(sum(data.validation_counts), data, config, place)
+    rows = [*data.validation_batch(own), *fillers]
     return Validation(
-        batches=_micro_batches(rows, length, data, config, place),
+        batches=micro_batches(rows, data.sequence_length, data, config, place),
         t=data.validation_t,
         counts={name: n for name, n in zip(data.names, data.validation_counts, strict=True) if n},
     )
 
 
-def _micro_batches(
+def place_rows(total: int, data: TrainingData, config: Config, place: Place) -> tuple[range, list[Row]]:
+    """Which of so many rows a place has, and rows without masks that fill its micro-batches up."""
+    multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
+    rows_per_rank = -(-total // (place.data_parallel_size * multiple)) * multiple
+    length = 1 if config.sft else data.sequence_length  # a row of pre-training always has all columns
+    filler = Row(FILLER, np.full(length, data.tokenizer.eos_id), np.zeros(length, bool), 1.0, 0.0, (length,))
+    first = place.data_parallel_rank * rows_per_rank
+    own = range(min(first, total), min(first + rows_per_rank, total))
+    return own, [filler] * (rows_per_rank - len(own))
+
+
+def micro_batches(
     rows: list[Row], sequence_length: int, data: TrainingData, config: Config, place: Place
 ) -> list[Batch]:
+    """A place's rows in micro-batches; of an SFT run those of each are as long as the longest of them needs."""
     size = config.training.micro_batch_size
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     longest = [sequence_length] * len(groups)

@@ -17,6 +17,7 @@ from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
 from llada_train.parallel.topology import any_rank, gather
+from llada_train.training.answers import Answers
 from llada_train.training.guard import Guard
 from llada_train.training.journal import Journal
 from llada_train.training.learning_rate import learning_rate
@@ -66,6 +67,7 @@ class Trainer:
         loader: TrainingLoader,
         timeline: Timeline,
         validation: Validation,
+        answers: Answers | None,
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
@@ -76,7 +78,7 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.run, self.writer, self.log, self.stop, self.watchdog = run, writer, log, stop, watchdog
-        self.journal = journal
+        self.journal, self.answers = journal, answers
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
         self.reasons: list[str] = []  # why the last steps in a row were refused
@@ -257,6 +259,7 @@ class Trainer:
         self._doing("validating")
         bounds = self.engine.evaluate(self.validation.batches, len(self.validation.t)).numpy()
         bound = float(bounds.mean())
+        exact_match = self.answers.exact_match(self.engine) if self.answers is not None else None
         if not math.isfinite(bound):
             raise UserError(
                 f"step {self.progress.step:,}: the bound on held-out documents is {bound}; the run stops. Its "
@@ -269,4 +272,5 @@ class Trainer:
                 bound=bound,
                 bound_by_t=self.validation.by_t(bounds, T_BUCKETS),
                 bound_by_corpus=self.validation.by_corpus(bounds),
+                exact_match=exact_match,
             )

@@ -114,9 +114,16 @@ class MetricsLog:
         bound: float,
         bound_by_t: Sequence[float | None],
         bound_by_corpus: dict[str, float],
+        exact_match: float | None = None,
     ) -> None:
-        """Record the bound on the held-out documents after `step`: whole, over buckets of t, and of each corpus."""
+        """Record the bound on the held-out documents after `step`: whole, over buckets of t, and of each corpus.
+
+        `exact_match`: the share of held-out prompts that are answered exactly, if any were asked.
+        """
         record: Record = {"kind": "validation", "step": step, "tokens": tokens, "bound": bound}
+        if exact_match is not None:
+            record["exact_match"] = exact_match
+            self._scalars("validation", step, {"exact_match": exact_match})
         self._append({**record, "bound_by_t": list(bound_by_t), "bound_by_corpus": bound_by_corpus})
         self._scalars("validation", step, {"bound": bound})
         self._scalars("validation_bound_by_t", step, _by_t(bound_by_t))
@@ -124,6 +131,8 @@ class MetricsLog:
         told = ""
         if 1 < len(bound_by_corpus) <= TOLD_CORPORA:
             told = f"  ({', '.join(f'{escape(name)} {value:.4f}' for name, value in bound_by_corpus.items())})"
+        if exact_match is not None:
+            told += f"  [green]{exact_match:.1%} of answers exact[/]"
         self._tell(f"[bold]step {step:>7,}[/]  [green]held-out bound {bound:.4f} nats/token[/]{told}")
 
     def skipped(self, *, step: int, consumed_samples: int, reason: str) -> None:

@@ -18,11 +18,13 @@ from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.convert.plain import plain_model
 from llada_train.data.opening import open_data
+from llada_train.data.place import ALONE
 from llada_train.data.rows import PretrainingData
 from llada_train.data.sft import SftData
 from llada_train.model.weights import InitialWeights
 from llada_train.objective.forward_process import training_noise
 from llada_train.objective.keyed import Purpose, position_words, sample_words, uniform
+from llada_train.training.answers import Answers
 
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2
@@ -123,14 +125,19 @@ class PlainLoop:
 
 
 def test_one_process_fine_tunes_as_a_plain_loop(sft_matrix: Matrix) -> None:
-    losses, norms = plain_sft_loop(sft_matrix.config)
+    losses, norms, predicted = plain_sft_loop(sft_matrix.config)
     found = sft_matrix.run(REFERENCE).first
+    assert [id for id, _ in found.predicted] == [id for id, _ in predicted]
+    assert [log for _, log in found.predicted] == pytest.approx([log for _, log in predicted], rel=1e-4)
     assert found.losses == pytest.approx(losses, rel=TOLERANCE)
     assert found.norms == pytest.approx(norms, rel=TOLERANCE)
 
 
-def plain_sft_loop(config_file: Path) -> tuple[list[float], list[float]]:
-    """(1/N)·Σ_b (1/L'_b)·Σ_masked CE/p (paper Alg. 2), one row at a time, padded with EOS to its neighbour's length."""
+def plain_sft_loop(config_file: Path) -> tuple[list[float], list[float], list[tuple[int, float]]]:
+    """(1/N)·Σ_b (1/L'_b)·Σ_masked CE/p (paper Alg. 2), one row at a time, padded with EOS to its neighbour's length.
+
+    Losses, gradient norms, and in the end the most probable tokens at the masks after held-out prompts.
+    """
     data = open_data(load_config(config_file))
     assert isinstance(data, SftData)
     config, eos = data.config, data.tokenizer.eos_id
@@ -151,7 +158,12 @@ def plain_sft_loop(config_file: Path) -> tuple[list[float], list[float]]:
             answer = len(clean) - begin
             total = total + F.cross_entropy(logits[mask], clean[mask], reduction="sum") / (float(p) * answer * N)
         loop.step(total)
-    return loop.losses, loop.norms
+    predicted: list[tuple[int, float]] = []
+    for asked in Answers(data, config, ALONE).asked:
+        row = torch.from_numpy(asked)
+        best = loop.model(row.unsqueeze(0)).logits[0].log_softmax(-1)[row == data.tokenizer.mask_id].max(-1)
+        predicted += zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return loop.losses, loop.norms, predicted
 
 
 MICRO_BATCHES = 512

@@ -25,9 +25,11 @@ from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
 from llada_train.data.loader import TrainingLoader, validation  # noqa: E402
 from llada_train.data.opening import open_data  # noqa: E402
+from llada_train.data.sft import SftData  # noqa: E402
 from llada_train.model.weights import InitialWeights  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
 from llada_train.parallel.topology import Topology  # noqa: E402
+from llada_train.training.answers import Answers  # noqa: E402
 
 LEARNING_RATE = 5e-4
 
@@ -41,6 +43,7 @@ class Run:
     bounds_by_t: list[list[float | None]]
     validation: float
     digests: list[dict[int, int]]  # of each step: sample → digest of what this rank was given of it
+    predicted: list[tuple[int, float]]  # SFT: id and log-probability at each mask after held-out prompts, in the end
     state: str  # digest of the masters and moments that the rank owns in the end
     model_rank: tuple[int, int]  # tensor- and pipeline-parallel rank
 
@@ -60,6 +63,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
             results.append(engine.train_step(batches, LEARNING_RATE))
         held_out = validation(data, config, here.place)
         bounds = engine.evaluate(held_out.batches, len(held_out.t))
+        predicted = predictions(engine, data, config, here) if isinstance(data, SftData) else []
         state = digest_of_state(engine)
         CheckpointWriter(checkpoints, engine).save(Progress(step=steps, consumed_samples=steps * size))
     tensor, pipeline = (
@@ -73,9 +77,18 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
         bounds_by_t=[step.losses.bound_by_t() for step in results],
         validation=float(bounds.mean()),
         digests=digests,
+        predicted=predicted,
         state=state,
         model_rank=(tensor, pipeline),
     )
+
+
+def predictions(engine: Engine, data: SftData, config: Config, here: Topology) -> list[tuple[int, float]]:
+    """After the held-out prompts, row by row."""
+    answers = Answers(data, config, here.place)
+    ids, confidence = engine.predict(answers.batches(answers.asked), answers.count, data.sequence_length)
+    masked = confidence != 0
+    return list(zip(ids[masked].tolist(), confidence[masked].tolist(), strict=True))
 
 
 def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: int, fault: str | None) -> float:
