@@ -1,4 +1,7 @@
-"""`llada-train submit` and `array`: check everything, render the sbatch file, hand it to SLURM. Imports no torch."""
+"""`llada-train submit` and `array`: check everything, render the sbatch file, hand it to SLURM.
+
+Imports torch only for a run that begins from a Hugging Face folder.
+"""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from llada_train.cluster.render import PART, array_script, module_command, pretr
 from llada_train.config.cluster import ClusterConfig
 from llada_train.config.errors import UserError
 from llada_train.config.load import load, save_config
+from llada_train.training.initial import check_initial_weights
 from llada_train.training.journal import note, read_history
 from llada_train.training.preflight import check_content, open_inputs
 
@@ -68,6 +72,7 @@ def prepare(
     """
     cluster, recipe = load_cluster(cluster_file, overrides)
     inputs = open_inputs(config_file, recipe, nodes * cluster.node.tasks, accept_config_changes)
+    check_initial_weights(inputs)
     check_content(inputs)
     config = inputs.config
     folder = _next_folder(config.run_dir.absolute() / SUBMISSIONS)

@@ -1,5 +1,8 @@
 """A folder that appears whole or not at all."""
 
+import fcntl
+import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,20 +39,37 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder beside `out` to write to, which becomes `out` if nothing is raised, and is removed if so.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another process is writing it.
     """
     partial = out.with_name(out.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        sync(partial)
-        partial.rename(out)
-        sync(out.parent)
+        with _locked(partial):
+            try:
+                for remnant in partial.iterdir():  # of a conversion that was killed
+                    shutil.rmtree(remnant) if remnant.is_dir() else remnant.unlink()
+                yield partial
+                sync(partial)
+                partial.rename(out)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            sync(out.parent)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder that no other process writes to meanwhile, nor did before it ended, however it ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another conversion is writing it; wait for it to end") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -61,6 +81,14 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+
+
+def fit_to_model(folder: Path) -> None:
+    """Let transformers make of the tokenizer in `folder` what the model beside it takes, by its own code alone."""
+    config = TokenizerFiles.read(folder).config
+    config.pop("auto_map", None)
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # transformers 4 adds token_type_ids
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def bos_id(folder: Path) -> int | None:
