@@ -28,10 +28,15 @@ def output_problems(out: Path, size: int) -> list[str]:
     parent = next(parent for parent in out.absolute().parents if parent.exists())
     if not parent.is_dir():
         return [f"{out}: {parent} is not a folder"]
-    free = shutil.disk_usage(parent).free
+    remnants = _partial(out).rglob("*")  # of a conversion that was killed; they will give way
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in remnants if path.is_file())
     if size > free:
         return [f"{out}: needs {size / 1e9:,.1f} GB of disk, {free / 1e9:,.1f} GB are free"]
     return []
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 @contextmanager
@@ -41,7 +46,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or another process is writing it.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     try:
         with _locked(partial):
             try:
@@ -62,7 +67,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def _locked(folder: Path) -> Iterator[None]:
     """Make a folder that no other process writes to meanwhile, nor did before it ended, however it ended."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # it will be emptied
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
