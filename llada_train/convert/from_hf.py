@@ -14,7 +14,15 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from llada_train.checkpoint.header import Entry, read_header
-from llada_train.checkpoint.manifest import FORMAT, TOKENIZER, FragmentEntry, ImportedManifest, write_manifest
+from llada_train.checkpoint.manifest import (
+    FILE_NAME,
+    FORMAT,
+    TOKENIZER,
+    FragmentEntry,
+    ImportedManifest,
+    write_manifest,
+)
+from llada_train.checkpoint.store import FOLDER as CHECKPOINTS
 from llada_train.checkpoint.tensor_file import ITEM, write_tensors
 from llada_train.config.errors import UserError
 from llada_train.config.load import model_differences
@@ -176,7 +184,16 @@ def from_hf(folder: Path, out: Path, on_progress: Callable[[int, int], None] = l
 
 def _check_is_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one in Hugging Face format, downloaded before")
+        raise UserError(
+            f"{folder}: no such folder; give one in Hugging Face format, downloaded before (`hf download MODEL "
+            "--local-dir FOLDER`)"
+        )
+    if (folder / "config.json").exists():
+        return
+    if (folder / FILE_NAME).exists() or (folder / CHECKPOINTS).exists():
+        raise UserError(f"{folder}: a checkpoint or a run of llada_train already; begin a run with init_from={folder}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: an adapter; merge it into its model (peft: merge_and_unload) and save that")
 
 
 def _write_weights(weights: HfWeights, folder: Path, on_bytes: Callable[[int], None]) -> None:

@@ -43,7 +43,8 @@ def check_export(checkpoint: Checkpoint, out: Path, dtype: str) -> Tokenizer:
             ids = f"{tokenizer.vocab_size:,} ids, the model {model.vocab_size:,}"
             problems.append(f"{checkpoint.tokenizer}: not the tokenizer that the model was trained with: it has {ids}")
     except UserError as error:
-        problems.append(str(error))
+        where = "" if checkpoint.tokenizer.is_absolute() else f", looked for from {Path.cwd()}"
+        problems.append(f"the run's data.tokenizer{where}: {error}")
     _, torch_dtype = _DTYPES.get(dtype, _DTYPES["fp32"])
     problems += output_problems(out, parameter_count(model) * torch_dtype.itemsize)
     if tokenizer is None or problems:

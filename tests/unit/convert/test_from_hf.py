@@ -212,7 +212,9 @@ def test_another_models_sizes_are_all_listed(small: Path) -> None:
         assert line in str(caught.value)
 
 
-def test_cut_half_written_and_foreign_folders(small: Path, tmp_path: Path) -> None:
+def test_cut_half_written_and_foreign_folders(
+    small: Path, base: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
     first, second = sorted(small.glob("model-*.safetensors"))[:2]
     first.write_bytes(first.read_bytes()[:-100])
     second.unlink()
@@ -227,6 +229,11 @@ def test_cut_half_written_and_foreign_folders(small: Path, tmp_path: Path) -> No
     (small / "config.json").unlink()
     told = refusal(small, tmp_path / "new")
     assert "config.json: no such file" in told and "only safetensors" in told and "no tokenizer" in told
+    (small / "adapter_config.json").touch()
+    assert "an adapter; merge it" in refusal(small, tmp_path / "new")
+    assert f"begin a run with init_from={tmp_path / 'run'}" in refusal(tmp_path / "run", tmp_path / "new")
+    with pytest.raises(UserError, match="a Hugging Face folder; give a run"), open_verified(base[0]):
+        pass
     (small / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     told = refusal(small, tmp_path / "new")
     assert "model_type is 'llama' (['LlamaForCausalLM']), expected 'llada'" in told and "causal" in told
