@@ -65,7 +65,7 @@ def other_tokenizer(data: Path, folder: Path) -> str:
 def foreign_hf_folder(data: Path, folder: Path) -> str:
     from hf_folders import exported_folder
 
-    hf = exported_folder(folder, data / "tokenizer")
+    hf = exported_folder(folder / "source", data / "tokenizer")
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"mask_token_id": 7}))
     return f"init_from={hf}"

@@ -109,25 +109,26 @@ def test_what_cannot_be_exported_is_listed_and_nothing_written(tokenizer: Path, 
 
 
 def test_the_card_has_the_facts_of_a_run_that_changed_on_its_way(tokenizer: Path, tmp_path: Path) -> None:
-    """256 tokens at 3 : 1 in batches of 4 sequences, then 256 at 1 : 1 in batches of 8."""
+    """256 tokens at 3 : 1 in batches of 4 × 16, then 512 at 1 : 1 in batches of 8 × 8."""
     checkpoint(tmp_path / "run", MODELS[1], tokenizer)
     manifest = read_manifest(tmp_path / "run")
     tree = manifest.config.model_dump()
     tree["data"]["corpora"] = [{"path": "web/train", "weight": 3}, {"path": "code/train"}]
-    tree["schedule"] = [{"from_tokens": 256, "global_batch_size": 8, "weights": {"web/train": 1}}]
+    change = {"from_tokens": 256, "global_batch_size": 8, "sequence_length": 8, "weights": {"web/train": 1}}
+    tree["schedule"] = [change]
     config = Config.model_validate(tree)
-    phases = Timeline(config).begun(32)
-    progress = Progress(step=6, consumed_samples=32, phases=phases)
+    phases = Timeline(config).begun(80)
+    progress = Progress(step=12, consumed_samples=80, phases=phases)
     card = model_card("mine", manifest.model_copy(update={"config": config, "progress": progress}), "bf16")
     for row in (
         "| parameters | 40,096 |",
         "| heads, key-value heads | 4, 2 |",
         "| vocabulary | 300 ids, 384 rows |",
-        "| steps | 6 |",
-        "| tokens (nominal) | 512 |",
-        "| sequences | 32 of 16 tokens |",
+        "| steps | 12 |",
+        "| tokens (nominal) | 768 |",
+        "| sequences | 80 of 16, then 8 tokens |",
         "| batch | 4, then 8 sequences |",
-        "| corpora | web/train 62.5 %, code/train 37.5 % |",
+        "| corpora | web/train 58.3 %, code/train 41.7 % |",
         "| began from | LLaDA's initialisation |",
         'from_pretrained("mine", trust_remote_code=True)',
     ):
