@@ -57,11 +57,15 @@ def to_hf(
 
     Example: llada-train convert to-hf runs/demo hf
     """
-    from llada_train.checkpoint.reader import open_verified
+    from llada_train.checkpoint.reader import Checkpoint, open_verified
+    from llada_train.convert.to_hf import check_export
     from llada_train.convert.to_hf import to_hf as write
 
+    def check(weights: Checkpoint) -> None:
+        check_export(weights, output, dtype.value)
+
     started = time.monotonic()
-    with _bytes_progress() as of, open_verified(source, of("comparing checksums")) as weights:
+    with _bytes_progress() as of, open_verified(source, of("comparing checksums"), check) as weights:
         write(weights, output, dtype.value, of("writing"))
     typer.echo(f"wrote {output} in {time.monotonic() - started:,.0f} s")
 

@@ -88,6 +88,9 @@ def _train(kind: str, config: Path, overrides: list[str], processes: int | None,
 def _open_inputs(
     kind: str, config: Path, overrides: list[str], processes: int, accept_config_changes: bool
 ) -> "Inputs":
+    from llada_train.training.initial import check_initial_weights
     from llada_train.training.preflight import open_inputs
 
-    return open_inputs(config, overrides, processes, accept_config_changes, kind)
+    inputs = open_inputs(config, overrides, processes, accept_config_changes, kind)
+    check_initial_weights(inputs)
+    return inputs

@@ -72,7 +72,7 @@ class TrainingData(ABC):
                 f"model.vocab_size {self._vocab_size} is too small: {config.data.tokenizer} has "
                 f"{self.tokenizer.vocab_size} ids; set model.vocab_size to at least that"
             )
-        self.names = _names([corpus.path for corpus in config.data.corpora])
+        self.names = short_names([corpus.path for corpus in config.data.corpora])
 
     @property
     @abstractmethod
@@ -199,7 +199,7 @@ class TrainingData(ABC):
         return counts
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def short_names(paths: Sequence[str]) -> list[str]:
     """The last parts of each path, as many as tell them apart."""
     parts = [path.split("/") for path in paths]
     for length in count(1):
