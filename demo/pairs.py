@@ -29,33 +29,28 @@ def pairs() -> list[dict[str, str]]:
                 signature = f"def {node.name}({ast.unparse(node.args)})"
                 if len(signature) <= LONGEST:
                     found.setdefault(signature, node)
-    order = sorted(found, key=_digest)
-    return [
-        {
-            "prompt": f"{(asked := _QUESTIONS[_digest(one)[0] % len(_QUESTIONS)])[0]} {one}",
-            "response": asked[1](found[one]),
-        }
-        for one in order
-    ]
+    return [_pair(signature, found[signature]) for signature in sorted(found, key=_digest)]
+
+
+def _pair(signature: str, node: ast.FunctionDef) -> dict[str, str]:
+    question = list(QUESTIONS)[_digest(signature)[-1] % len(QUESTIONS)]
+    return {"prompt": f"{question} {signature}", "response": QUESTIONS[question](node)}
 
 
 def _parameters(node: ast.FunctionDef) -> list[str]:
     return [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
 
 
-def _first(node: ast.FunctionDef) -> str:
-    return next(iter(_parameters(node)), "none")
+def _defaults(node: ast.FunctionDef) -> int:
+    return len(node.args.defaults) + sum(default is not None for default in node.args.kw_defaults)
 
 
-_QUESTIONS: list[tuple[str, Callable[[ast.FunctionDef], str]]] = [
-    ("How many parameters?", lambda node: str(len(_parameters(node)))),
-    (
-        "How many have defaults?",
-        lambda node: str(len(node.args.defaults) + len([d for d in node.args.kw_defaults if d])),
-    ),
-    ("Is it a method?", lambda node: "yes" if _first(node) in ("self", "cls") else "no"),
-    ("Is it private?", lambda node: "yes" if node.name.startswith("_") else "no"),
-]
+QUESTIONS: dict[str, Callable[[ast.FunctionDef], str]] = {
+    "How many parameters?": lambda node: str(len(_parameters(node))),
+    "How many have defaults?": lambda node: str(_defaults(node)),
+    "Is it a method?": lambda node: "yes" if _parameters(node)[:1] in (["self"], ["cls"]) else "no",
+    "Is it private?": lambda node: "yes" if node.name.startswith("_") else "no",
+}
 
 
 def _digest(text: str) -> bytes:

@@ -93,9 +93,7 @@ def _training(manifest: Manifest) -> dict[str, str]:
         "tokens (nominal)": f"{timeline.tokens(samples):,}",
         "sequences": f"{samples:,} of {at_most}{_each(phase.sequence_length for phase in phases)} tokens",
         "batch": f"{_each(phase.global_batch_size for phase in phases)} sequences",
-        "corpora" if config.sft is None else "data sets": ", ".join(
-            f"{name} {percent:.3g} %" for name, percent in shares
-        ),
+        sets: ", ".join(f"{name} {percent:.3g} %" for name, percent in shares),
         "learning rate": f"{max(phase.end for phase in config.optimizer.learning_rate):g} at most, AdamW",
         "weight decay": f"{config.optimizer.weight_decay:g}",
         "precision": config.training.precision,
