@@ -12,6 +12,7 @@ from llada_train.data.sft import SftData
 from llada_train.sampling.sampler import SamplingOptions, infill
 
 BATCH = 16
+STEPS = 32  # at most, of one answer
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def answers_report(
 ) -> AnswersReport:
     """Measure a model on the validation examples of a run.
 
-    Answers are as long as the longest response, one token a step, the most probable one first (paper §2.4); what
-    follows the first EOS is cut, and the rest has to be the response, token by token.
+    Answers are as long as the longest response, the most probable tokens first (paper §2.4); what follows the first EOS
+    is cut, and the rest has to be the response, token by token.
 
     Raises:
         UserError: the run holds no examples out.
@@ -59,18 +60,19 @@ def answers_report(
         for start in range(0, len(members), BATCH):
             batch = members[start : start + BATCH]
             ids = torch.tensor([prompts[i] + [data.tokenizer.mask_id] * gen_length for i in batch])
-            filled = infill(logits_fn, ids, SamplingOptions(steps=gen_length), data.tokenizer.mask_id)
+            filled = infill(logits_fn, ids, SamplingOptions(steps=min(gen_length, STEPS)), data.tokenizer.mask_id)
             answers |= {
-                i: _until(data.tokenizer.eos_id, row[length:]) for i, row in zip(batch, filled.tolist(), strict=True)
+                i: until(data.tokenizer.eos_id, row[length:]) for i, row in zip(batch, filled.tolist(), strict=True)
             }
             on_progress(len(answers), len(examples))
-    matches = sum(answers[i] == _until(data.tokenizer.eos_id, response) for i, response in enumerate(responses))
+    matches = sum(answers[i] == until(data.tokenizer.eos_id, response) for i, response in enumerate(responses))
     decode = data.tokenizer.decode
     samples = tuple((decode(prompts[i]), decode(responses[i]), decode(answers[i])) for i in range(min(5, len(tokens))))
     return AnswersReport(len(examples), _bound(logits_fn, data), matches, samples)
 
 
-def _until(eos_id: int, ids: list[int]) -> list[int]:
+def until(eos_id: int, ids: list[int]) -> list[int]:
+    """The ids before the first EOS."""
     return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 

@@ -10,9 +10,8 @@ from llada_train.data.loader import micro_batches, place_rows
 from llada_train.data.place import Place
 from llada_train.data.sft import SftData
 from llada_train.data.training_data import Row
+from llada_train.evaluation.answers import STEPS, until
 from llada_train.parallel.engine import Engine
-
-STEPS = 32  # at most, of one answer
 
 
 class Answers:
@@ -50,7 +49,7 @@ class Answers:
                 row[kept] = ids[kept]
         answers = [row[border:].tolist() for row, border in zip(rows, self._borders, strict=True)]
         pairs = zip(answers, self._responses, strict=True)
-        return sum(_until(eos_id, answer) == _until(eos_id, response) for answer, response in pairs) / self.count
+        return sum(until(eos_id, answer) == until(eos_id, response) for answer, response in pairs) / self.count
 
     def batches(self, tokens: list[np.ndarray]) -> list[Batch]:
         """This rank's micro-batches of all rows; what is masked in them is asked for."""
@@ -63,7 +62,3 @@ class Answers:
         rows = [*map(row, own), *fillers]
         batches = micro_batches(rows, self._data.sequence_length, self._data, self._config, self._place)
         return [replace(batch, targets=None) for batch in batches]
-
-
-def _until(eos_id: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
