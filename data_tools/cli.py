@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from data_tools.tokenize import Shard
     from data_tools.trace import TracedRow
     from llada_train.data.corpus import Manifest
-    from llada_train.data.rows import PretrainingData
+    from llada_train.data.training_data import TrainingData
 
 app = typer.Typer(
     name="llada-data",
@@ -233,7 +233,7 @@ def _print_json(records: "Iterable[DataclassInstance]") -> None:
         print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), flush=True)
 
 
-def _print_rows(step: int, data: "PretrainingData", rows: "Sequence[TracedRow]") -> None:
+def _print_rows(step: int, data: "TrainingData", rows: "Sequence[TracedRow]") -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -16,6 +16,7 @@ import numpy as np
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, CorpusConfig, LearningRatePhase, SftConfig
 from llada_train.data.chat import TEMPLATES, template_source
+from llada_train.data.order import BlockIndex
 from llada_train.data.prepared import PreparedSet
 from llada_train.data.training_data import Row, TrainingData
 from llada_train.objective.forward_process import Noise, fine_tuning_noise, validation_noise
@@ -29,6 +30,7 @@ class Example:
     """Tokens [start, stop) of a data set, with EOS after them or, where it is cut, without."""
 
     corpus: int
+    dialogue: int  # its number among the usable ones of the data set
     start: int
     stop: int
     responses: tuple[tuple[int, int], ...]  # [begin, end) of each within the tokens; the last one's end is theirs
@@ -69,6 +71,7 @@ class _Examples:
         self.cut, self.left_out = int((usable & too_long).sum()), int((~usable).sum())
         self._usable = np.flatnonzero(usable)
         kept, firsts = np.unique(dialogue[self._usable], return_index=True)
+        self._dialogues = kept
         self.count = len(kept)
         self._first_usable = np.append(firsts, len(self._usable))
 
@@ -90,7 +93,8 @@ class _Examples:
         answered = range(first, last + 1) if self._all else [last]
         spans = ((self._bounds[2 * turn + 1], self._bounds[2 * turn + 2]) for turn in answered)
         within = ((max(int(begin), start) - start, min(int(end), stop) - start) for begin, end in spans)
-        return Example(self._number, start, stop, tuple(span for span in within if span[0] < span[1]), has_eos)
+        responses = tuple(span for span in within if span[0] < span[1])
+        return Example(self._number, int(self._dialogues[dialogue]), start, stop, responses, has_eos)
 
 
 class SftData(TrainingData):
@@ -134,9 +138,13 @@ class SftData(TrainingData):
         for phase in self.timeline.phases:
             self._check_batches(phase)
 
+    def places(self, samples: Sequence[int]) -> BlockIndex:
+        """Which data set and epoch the samples g of the run are of."""
+        return self._order.locate(self.timeline.locate(samples).block)
+
     def examples(self, samples: Sequence[int]) -> list[Example]:
         """The samples g of the run. Of a dialogue of several responses, one is drawn anew for each."""
-        place = self._order.locate(self.timeline.locate(samples).block)
+        place = self.places(samples)
         found = []
         for g, c, block in zip(samples, place.corpus.tolist(), place.block.tolist(), strict=True):
             draw = uniform(sample_words(self.config.seed, Purpose.RESPONSE, g, 1)[0, :1])[0]

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from conftest import sft_settings, write_config
 
+from data_tools.trace import find, open_run, trace
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.data.loader import TrainingLoader
@@ -289,3 +290,18 @@ def test_sets_are_mixed_by_weight(tiny_data: Path, tmp_path: Path) -> None:
     data = SftData(load_config(write_config(tiny_data, tmp_path, **settings)))
     counts = np.bincount([example.corpus for example in data.examples(range(40))])
     assert counts.tolist() == [30, 10]
+
+
+def test_a_step_can_be_looked_at(tiny_data: Path, tmp_path: Path) -> None:
+    config = write_config(tiny_data, tmp_path, **sft_settings(tiny_data))
+    settings, data = open_run(config)
+    assert isinstance(data, SftData)
+    found = list(trace(settings, data, 3))
+    assert [row.sample for row in found] == list(range(32, 48))
+    assert [row.masked for row in found] == [int(row.mask.sum()) for row in data.rows(32, range(32, 48))]
+    lines = (tiny_data / "pairs.jsonl").read_text().splitlines()
+    for row in found:
+        pair = json.loads(lines[row.documents[0].number])
+        assert row.text == f"{HEADER}{pair['prompt']}{ASKED}⟦{pair['response']}<|eot_id|><|endoftext|>⟧"
+    with pytest.raises(UserError, match="only pre-training is searched"):
+        list(find(settings, data, "the"))
