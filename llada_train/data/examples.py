@@ -10,6 +10,8 @@
 Another shape is told by `columns`.
 """
 
+import glob
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from llada_train.config.errors import UserError
 from llada_train.config.schema import ColumnsConfig
 from llada_train.data.chat import DialogueError, Message
 from llada_train.data.formats import Advance, Rejection, read_objects
+from llada_train.data.storage import matches
 
 SHAPES = (
     ColumnsConfig(messages="messages"),
@@ -31,25 +34,31 @@ SHAPES = (
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".gz", ".zst", ".parquet", ".arrow")
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 _OTHER_FILES = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}  # of a `datasets` folder
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file, or those of a folder in the order of their names: one that `datasets` saved, or any other.
+    """A file, those that fit a pattern (*, ?, [...]), or those of a folder, in the order of their names.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or they are of several splits.
     """
     if path.is_file():
         return [path]
-    inside = (file for file in path.rglob("*") if file.suffix in SUFFIXES and file.name not in _OTHER_FILES)
-    found = sorted(file for file in inside if file.is_file() and not file.name.startswith((".", "cache-")))
+    inside = map(Path, matches(str(path))) if glob.has_magic(str(path)) else path.rglob("*")
+    found = sorted(
+        file
+        for file in inside
+        if file.suffix in SUFFIXES and file.name not in _OTHER_FILES and not file.name.startswith((".", "cache-"))
+    )
     if not found:
-        raise UserError(f"{path}: no data set: give a file or folder of {', '.join(SUFFIXES)}")
-    splits = {file.parent for file in found}
-    if (path / "dataset_dict.json").exists() and len(splits) > 1:
-        names = ", ".join(sorted(split.name for split in splits))
-        raise UserError(f"{path}: holds the splits {names}; give the folder of one")
+        raise UserError(f"{path}: no data set: give a file, a pattern or a folder of {', '.join(SUFFIXES)}")
+    # As `datasets` and its hub name them: train-00000-of-00002.parquet, train/data-00000-of-00001.arrow.
+    kept = (path / "dataset_dict.json").exists()
+    splits = sorted({file.parent.name if kept else match[1] for file in found if (match := _SHARD.match(file.name))})
+    if len(splits) > 1:
+        raise UserError(f"{path}: holds the splits {', '.join(splits)}; give one, as a folder or as {splits[0]}*")
     return found
 
 

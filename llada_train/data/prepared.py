@@ -6,6 +6,7 @@ Each turn is two documents of a corpus, its context and its response; `first_tur
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class PreparedSet:
         template = ChatTemplate(sft.chat_template, tokenizer)
         records = Records(Path(settings.path), settings.columns)
         key = _fingerprint(records, template, sft, tokenizer)
-        folder = cache / f"{Path(settings.path).stem}-{key[:16]}"
+        folder = cache / f"{re.sub(r'[^-.0-9A-Za-z]', '_', Path(settings.path).stem)}-{key[:16]}"
         if not folder.exists():
             with _alone(folder):
                 if not folder.exists():

@@ -104,6 +104,23 @@ def test_every_format_gives_the_same_rows(make: Make, tmp_path: Path, kind: str)
     assert rendered(make(path)) == expected
 
 
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "hub"])
+def test_one_split_of_a_data_set_is_read(make: Make, tmp_path: Path, saved: bool) -> None:
+    import datasets
+
+    splits = {name: datasets.Dataset.from_list(PAIRS) for name in ("train", "test")}
+    folder = tmp_path / "set"
+    if saved:
+        datasets.DatasetDict(splits).save_to_disk(str(folder))
+    else:
+        folder.mkdir()
+        for name, split in splits.items():
+            split.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="holds the splits test, train; give one"):
+        make(folder)
+    assert sum(make(folder / "train" if saved else folder / "train*").blocks_per_corpus) == 22
+
+
 def test_columns_are_told_where_they_are_not_known(make: Make, tmp_path: Path) -> None:
     records = [{"q": "the", "a": "of", "s": "in"} for _ in range(24)]
     path = lines(tmp_path / "set.jsonl", records)
