@@ -192,8 +192,8 @@ def _kernels(probe: _Probe) -> Iterator[Finding]:
 
 def _slurm() -> Iterator[Finding]:
     try:
-        told = slurm.call("sbatch", "--version").stdout.strip()
-        yield Finding("SLURM", told or "sbatch does not tell its version")
+        done = slurm.call("sbatch", "--version")
+        yield Finding("SLURM", done.stdout.strip() or f"sbatch fails: {done.stderr.strip()[-200:]}")
     except UserError:
         yield Finding("SLURM", "no sbatch here; runs start with --processes or torchrun")
 

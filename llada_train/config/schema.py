@@ -226,8 +226,8 @@ class ParallelConfig(Section):
     reduce_scatter: bool | None = Field(
         default=None,
         description="each rank receives the gradients of its own part alone, half the bytes of an all-reduce; "
-        "none: with ZeRO 3, which does nothing else. ZeRO 2 can without overlap_comm: one message for each rank, so for "
-        "few ranks on a slow network",
+        "none: with ZeRO 3, which does nothing else. ZeRO 2 can without overlap_comm, by a message for each rank, so "
+        "for few ranks on a slow network",
     )
     reduce_bucket_size: PositiveInt = Field(
         default=50_000_000, description="with ZeRO 2 and 3: gradient elements reduced at once"
@@ -237,7 +237,7 @@ class ParallelConfig(Section):
     )
     offload_optimizer: bool = Field(
         default=False,
-        description="with ZeRO 2 and 3: master weights and moments lie in pinned host memory, where the CPUs update them",
+        description="with ZeRO 2 and 3: master weights and moments lie in pinned host memory; the CPUs update them",
     )
 
     @property

@@ -27,7 +27,9 @@ def pins() -> dict[str, str]:
 
 def test_dockerfiles_are_clean() -> None:
     files = [ROOT / "docker" / name for name in DOCKERFILES]
-    done = subprocess.run([BIN / "hadolint", "--config", ROOT / ".hadolint.yaml", *files], capture_output=True, text=True)
+    done = subprocess.run(
+        [BIN / "hadolint", "--config", ROOT / ".hadolint.yaml", *files], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

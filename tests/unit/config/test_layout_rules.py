@@ -122,17 +122,17 @@ def good(tmp_path: Path) -> Path:
         ),
         *(
             (
-                [f"parallel.{setting}"],
-                f"parallel.{setting.partition('=')[0]}",
+                [f"parallel.{setting}={value}"],
+                f"parallel.{setting}",
                 "set zero_stage to 2 or 3 (without pipeline stages), or leave this out",
-                ["parallel={zero_stage: 3, %s}" % setting.replace("=", ": ")],
+                [f"parallel={{zero_stage: 3, {setting}: {value}}}"],
             )
-            for setting in (
-                "overlap_comm=true",
-                "reduce_scatter=true",
-                "reduce_bucket_size=1000",
-                "offload_optimizer=true",
-            )
+            for setting, value in {
+                "overlap_comm": "true",
+                "reduce_scatter": "true",
+                "reduce_bucket_size": "1000",
+                "offload_optimizer": "true",
+            }.items()
         ),
         (
             ["parallel={zero_stage: 2, prefetch_bucket_size: 0}"],
