@@ -31,6 +31,9 @@ class Gate:
         """
         self._accepts, self._loss, self._norm, self._answer = accepts, loss, math.inf, None
         update()
+        if self._answer is None:
+            # It was not finite. DeepSpeed forgets it, but not the fp32 sums of an offloaded ZeRO 2 in bf16.
+            getattr(self._optimizer, "averaged_gradients", {}).clear()
         return self._norm, bool(self._answer)
 
     def _before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:

@@ -35,7 +35,8 @@ def of_one_step(config_file: Path, overrides: list[str]) -> Traffic:
         def call(*arguments: Any, **named: Any) -> Any:
             tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
             size = max(tensor.numel() for tensor in tensors)
-            if size > A_NUMBER_OR_TWO:
+            between_several = named.get("group") is None or named["group"].size() > 1
+            if size > A_NUMBER_OR_TWO and between_several:
                 sent[name, tensors[0].dtype] += size
                 sizes.append(size)
             return collective(*arguments, **named)
