@@ -28,7 +28,10 @@ def plan(
     mfu: Annotated[
         float | None, typer.Option(help="Of a run that was measured, such as 0.4; estimated if left out.")
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", help="The site's facts, which say how many GPUs a node has; 8 if left out."),
+    ] = None,
     write_rate: Annotated[
         float, typer.Option(min=0.001, help="GB/s at which all nodes together write a checkpoint.")
     ] = 10.0,
@@ -46,7 +49,7 @@ def plan(
 
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: is a share of the peak, more than 0 and at most 1; for example 0.4")
-    machine = Machine(gpu.lower(), chip_called(gpu), nodes, gpus_per_node)
+    machine = Machine(gpu.lower(), chip_called(gpu), nodes, _gpus_per_node(cluster))
     if search:
         # The layout is what is looked for: the file's own need not divide these GPUs.
         keep = {text.partition("=")[0] for text in overrides or []}
@@ -64,6 +67,19 @@ def plan(
         others = find(checked, machine, mfu, write_rate * 1e9).fitting if not one.fits else []
         _print_plan(one, others)
     raise typer.Exit(int(not one.fits))
+
+
+def _gpus_per_node(cluster: Path | None) -> int:
+    from llada_train.config.cluster import ClusterConfig
+    from llada_train.config.load import load
+    from llada_train.plan.chips import GPUS_PER_NODE
+
+    if cluster is None:
+        return GPUS_PER_NODE
+    gpus = load(ClusterConfig, cluster).node.gpus
+    if not gpus:
+        raise UserError(f"{cluster}: node.gpus is 0, and a plan is for GPUs; leave --cluster out, or give nodes some")
+    return gpus
 
 
 def _print_plan(one: "Plan", others: "list[Plan]") -> None:

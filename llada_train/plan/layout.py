@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.model.sizes import layers_of_stages, stage_of, tensor_specs
@@ -68,41 +68,41 @@ class Layout:
     global_batch_size: int
     gpus_per_node: int = GPUS_PER_NODE
 
-    @property
+    @cached_property
     def copies(self) -> int:
         """Ranks that hold the same weights, among which ZeRO splits: data × context parallelism."""
         parallel = self.config.parallel
         return self.gpus // (parallel.tensor_parallel * parallel.pipeline_parallel)
 
-    @property
+    @cached_property
     def data_parallel(self) -> int:
         return self.gpus // self.config.parallel.processes_per_row
 
-    @property
+    @cached_property
     def micro_batches(self) -> int:
         """That each rank works on in a step."""
         return self.global_batch_size // (self.data_parallel * self.config.training.micro_batch_size)
 
-    @property
+    @cached_property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of a micro-batch on one rank."""
         return self.config.training.micro_batch_size * self.sequence_length // self.config.parallel.context_parallel
 
-    @property
+    @cached_property
     def residual_tokens(self) -> int:
         """Those of which it holds hidden states between the matrix products: fewer under sequence parallelism."""
         parallel = self.config.parallel
         return self.tokens // (parallel.tensor_parallel if parallel.sequence_parallel else 1)
 
-    @property
+    @cached_property
     def element_bytes(self) -> int:
         return 2 if self.config.training.precision == "bf16" else 4
 
-    @property
+    @cached_property
     def holdings(self) -> tuple[Holding, ...]:
         parallel = self.config.parallel
         return holdings(
@@ -112,7 +112,7 @@ class Layout:
             parallel.virtual_pipeline_parallel,
         )
 
-    @property
+    @cached_property
     def bubble(self) -> float:
         """Share of a step in which a pipeline rank waits, if all stages are equal (Megatron-LM, arXiv 2104.04473, §2.2)."""
         parallel = self.config.parallel

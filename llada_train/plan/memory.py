@@ -111,11 +111,10 @@ def kept_by_layer(layout: Layout, fused_norm: bool = True, recompute: str | None
     if recompute == "full":
         return e * residual * model.hidden_size
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    repeated = queries if model.num_kv_heads != model.num_heads else 0  # torch's attention repeats grouped heads
     if cp == 1:
-        attention = queries + 2 * keys + (2 * repeated or keys)  # the projection's result; rotated keys
+        attention = queries + 2 * keys + keys  # the projection's result; rotated keys
     else:
-        attention = cp * 2 * (repeated or keys)
+        attention = cp * 2 * keys
     attention += queries + queries  # rotated; the result
     product = model.ffn_hidden_size if recompute == "none" else 0
     at_all = e * (attention + 2 * model.ffn_hidden_size + product) + FP32 * model.num_heads

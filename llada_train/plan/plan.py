@@ -1,12 +1,12 @@
 """A run on so many GPUs, by arithmetic alone: does it fit, how long does it take, what does it send."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from llada_train.config.schema import Config
-from llada_train.data.timeline import Phase, Timeline
+from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import non_embedding_parameter_count, parameter_count
 from llada_train.plan.chips import Chip
 from llada_train.plan.flops import flops_per_token, hardware_flops_per_token
@@ -38,7 +38,12 @@ class PhasePlan:
     from_tokens: int
     steps: int
     layout: Layout
-    step: StepTime  # estimated
+    chip: Chip
+
+    @cached_property
+    def step(self) -> StepTime:
+        """Estimated."""
+        return step_time(self.layout, self.chip)
 
     @property
     def model_flops(self) -> float:
@@ -150,27 +155,40 @@ class Plan:
 
 def make_plan(config: Config, machine: Machine, mfu: float | None = None, write_rate: float = 10e9) -> Plan:
     """`config` has been checked with this many processes (`load_config`)."""
-    phases = []
-    for phase, steps in _phases(config):
-        layout = Layout(config, machine.gpus, phase.sequence_length, phase.global_batch_size, machine.gpus_per_node)
-        phases.append(PhasePlan(phase.first_token, steps, layout, step_time(layout, machine.chip)))
-    return Plan(config, machine, phases, mfu, write_rate)
+    return plan_stretches(config, stretches(config), machine, mfu, write_rate)
 
 
-def _phases(config: Config) -> Iterator[tuple[Phase, int]]:
-    """Each phase of the run, and how many steps it has; phases that differ in their mixture alone count as one."""
+class Stretch(NamedTuple):
+    """A part of the run with one sequence length and batch size."""
+
+    from_tokens: int
+    steps: int
+    sequence_length: int
+    global_batch_size: int
+
+
+def stretches(config: Config) -> list[Stretch]:
+    """The run's schedule on its clock; of its mixture nothing is asked. They are the same in every layout."""
     timeline = Timeline(config)
-    found: list[tuple[Phase, int]] = []
-    for i, phase in enumerate(timeline.phases):
-        last = i + 1 == len(timeline.phases)
-        end = min(timeline.end_samples, timeline.end_samples if last else timeline.phases[i + 1].first_sample)
-        steps = max(0, end - phase.first_sample) // phase.global_batch_size
-        same = found and found[-1][0].tokens_per_step == phase.tokens_per_step
-        if same and found[-1][0].sequence_length == phase.sequence_length:
-            found[-1] = found[-1][0], found[-1][1] + steps
+    found: list[Stretch] = []
+    ends = [*(phase.first_sample for phase in timeline.phases[1:]), timeline.end_samples]
+    for phase, end in zip(timeline.phases, ends, strict=True):
+        steps = max(0, min(end, timeline.end_samples) - phase.first_sample) // phase.global_batch_size
+        if found and found[-1][2:] == (phase.sequence_length, phase.global_batch_size):
+            found[-1] = found[-1]._replace(steps=found[-1].steps + steps)
         elif steps:
-            found.append((phase, steps))
-    yield from found
+            found.append(Stretch(phase.first_token, steps, phase.sequence_length, phase.global_batch_size))
+    return found
+
+
+def plan_stretches(
+    config: Config, parts: Sequence[Stretch], machine: Machine, mfu: float | None, write_rate: float
+) -> Plan:
+    phases = []
+    for part in parts:
+        layout = Layout(config, machine.gpus, part.sequence_length, part.global_batch_size, machine.gpus_per_node)
+        phases.append(PhasePlan(part.from_tokens, part.steps, layout, machine.chip))
+    return Plan(config, machine, phases, mfu, write_rate)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config
-from llada_train.plan.plan import Machine, Plan, make_plan
+from llada_train.plan.plan import Machine, Plan, plan_stretches, stretches
 
 LARGEST_MICRO_BATCH = 32
 
@@ -23,7 +23,8 @@ def search(config: Config, machine: Machine, mfu: float | None, write_rate: floa
 
     `keep`: dotted keys whose values stay as the config has them.
     """
-    plans = [make_plan(one, machine, mfu, write_rate) for one in _legal(config, machine, keep)]
+    parts = stretches(config)
+    plans = [plan_stretches(one, parts, machine, mfu, write_rate) for one in _legal(config, machine, keep)]
     fitting = [plan for plan in plans if plan.fits]
     return Found(len(plans), sorted(fitting, key=lambda plan: (plan.estimated_seconds, -plan.spare)))
 
