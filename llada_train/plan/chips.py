@@ -25,7 +25,7 @@ class Chip:
 GPUS_PER_NODE = 8  # of DGX and HGX nodes
 # SXM modules if not said. Peak, memory rate, NVLink: NVIDIA's data sheets of each (H800, A800: NVLink of 400 GB/s in
 # both directions together, for export; DeepSeek-V3, arXiv 2412.19437, §3.1). Network: one 400 Gb/s adapter for each GPU
-# in DGX H100, H200 and B200, 200 Gb/s in DGX A100. Keys are parts of the name that CUDA gives; the first that fits holds.
+# in DGX H100, H200 and B200, 200 Gb/s in DGX A100. Keys are parts of the name that CUDA gives; the first one holds.
 CHIPS = {
     "H100 PCIe": Chip.of(756, 81_559, 2.0, 64, 50),
     "H100 NVL": Chip.of(835, 95_830, 3.9, 64, 50),

@@ -23,7 +23,9 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, by dotted key.")
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Rank all layouts that fit; what is given as KEY=VALUE stays.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Rank all layouts that fit; what is given as KEY=VALUE stays.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     mfu: Annotated[
         float | None, typer.Option(help="Of a run that was measured, such as 0.4; estimated if left out.")
@@ -44,7 +46,8 @@ def plan(
     """
     from llada_train.config.load import load_config
     from llada_train.plan.chips import chip_called
-    from llada_train.plan.plan import Machine, as_json as plan_as_json, make_plan
+    from llada_train.plan.plan import Machine, make_plan
+    from llada_train.plan.plan import as_json as plan_as_json
     from llada_train.plan.search import search as find
 
     if mfu is not None and not 0 < mfu <= 1:
@@ -93,8 +96,8 @@ def _print_plan(one: "Plan", others: "list[Plan]") -> None:
     memory = Table(title=f"GB of the fullest GPU{_of_rank(one)}", title_justify="left")
     for column in ("", "GB", ""):
         memory.add_column(column, justify="right" if column else "left")
-    for row in memory_rows(one):
-        memory.add_row(*row)
+    for cause in memory_rows(one):
+        memory.add_row(*cause)
     console.print(memory)
     grid = Table.grid(padding=(0, 2))
     for name, value in run_rows(one):

@@ -114,7 +114,7 @@ class Layout:
 
     @cached_property
     def bubble(self) -> float:
-        """Share of a step in which a pipeline rank waits, if all stages are equal (Megatron-LM, arXiv 2104.04473, §2.2)."""
+        """Share of a step in which a pipeline rank waits, if all stages are equal (arXiv 2104.04473, §2.2)."""
         parallel = self.config.parallel
         waiting = (parallel.pipeline_parallel - 1) / parallel.virtual_pipeline_parallel
         return waiting / (self.micro_batches + waiting)

@@ -25,7 +25,7 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
-    workspace: int  # beyond the logits: buckets, a gradient on its way, gathered weights; and the reserve
+    workspace: int  # beyond the logits: buckets, a gradient on its way, a layer's temporaries; and the reserve
 
     @property
     def total(self) -> int:
@@ -41,14 +41,14 @@ def _memory(layout: Layout, rank: int, holding: Holding) -> Memory:
     weights, gradients, optimizer = state(layout, holding)
     logits = logits_at_peak(layout) if holding.has_head else 0
     kept, passing = zero_buffers(layout, holding)
-    again = recomputed_at_once(layout) if holding.layers else 0
+    passing = max(passing, within_a_layer(layout))
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations(layout, rank),
         logits=logits,
-        workspace=kept + max(0, passing - logits, again - logits) + RESERVE,
+        workspace=kept + max(0, passing - logits) + RESERVE,
     )
 
 
@@ -111,11 +111,8 @@ def kept_by_layer(layout: Layout, fused_norm: bool = True, recompute: str | None
     if recompute == "full":
         return e * residual * model.hidden_size
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    if cp == 1:
-        attention = queries + 2 * keys + keys  # the projection's result; rotated keys
-    else:
-        attention = cp * 2 * keys
-    attention += queries + queries  # rotated; the result
+    # The projection's result and rotated keys, or those gathered; then rotated queries and attention's result.
+    attention = (queries + 2 * keys + keys if cp == 1 else cp * 2 * keys) + 2 * queries
     product = model.ffn_hidden_size if recompute == "none" else 0
     at_all = e * (attention + 2 * model.ffn_hidden_size + product) + FP32 * model.num_heads
     norm = kept_by_norm(layout, fused_norm) + e * residual * model.hidden_size  # and its result
@@ -150,12 +147,16 @@ def logits_at_peak(layout: Layout) -> int:
     return logits_kept(layout) // FP32 * (FP32 + layout.element_bytes)
 
 
-def recomputed_at_once(layout: Layout) -> int:
-    """What one layer's backward pass makes again before it begins."""
-    recompute = layout.config.training.recompute
-    if recompute == "none":
-        return 0
-    return kept_by_layer(layout, recompute="none") - kept_by_layer(layout)
+def within_a_layer(layout: Layout) -> int:
+    """What one layer's backward pass needs besides: what it makes again, and its largest temporaries.
+
+    Those are SwiGLU's: five of T·F (the product's gradient, gate's, up's, and both together), and the residual
+    stream's gradient twice.
+    """
+    config, e = layout.config, layout.element_bytes
+    again = kept_by_layer(layout, recompute="none") - kept_by_layer(layout)
+    wide = layout.tokens * config.model.ffn_hidden_size // config.parallel.tensor_parallel
+    return again + e * (5 * wide + 2 * layout.residual_tokens * config.model.hidden_size)
 
 
 # --- buffers of ZeRO

@@ -70,9 +70,7 @@ class Plan:
     @cached_property
     def memory(self) -> list[Memory]:
         """Of each pipeline rank, in the phase where the fullest one is fullest."""
-        return max(
-            (memory(phase.layout) for phase in self.phases), key=lambda ranks: max(one.total for one in ranks)
-        )
+        return max((memory(phase.layout) for phase in self.phases), key=lambda ranks: max(one.total for one in ranks))
 
     @property
     def fullest(self) -> int:
@@ -235,9 +233,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hours": plan.hours,
         "gpu_hours": plan.gpu_hours,
         "tokens_per_second_and_gpu": plan.tokens_per_second_and_gpu,
-        "sent_per_step": [
-            {**asdict(one), "sent": one.sent(group_size(layout, one.group))} for one in plan.collectives
-        ],
+        "sent_per_step": [{**asdict(one), "sent": one.sent(group_size(layout, one.group))} for one in plan.collectives],
         "checkpoint_bytes": plan.checkpoint_bytes,
         "save_seconds": plan.save_seconds,
         "start_seconds": plan.start_seconds,

@@ -8,8 +8,9 @@ from llada_train.plan.traffic import group_size, seconds
 GB = 1e9
 PARALLELISM = {"tensor": "tensor", "context": "context", "pipeline": "pipeline", "copies": "data (ZeRO)"}
 SEARCH_COLUMNS = (
-    "TP", "PP", "VPP", "CP", "SP", "ZeRO", "micro-batch", "recompute", "GB", "s/step", "MFU", "bubble", "exposed", "GPU h"
-)  # fmt: skip
+    *("TP", "PP", "VPP", "CP", "SP", "ZeRO", "micro-batches", "recompute"),
+    *("GB", "s/step", "MFU", "bubble", "exposed s", "GPU-hours"),
+)
 
 
 def layout_name(plan: Plan) -> str:
@@ -40,7 +41,11 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
         ("optimizer", fullest.optimizer, f"fp32 master and two moments, {parts}"),
         ("activations", fullest.activations, f"of {in_flight} forward passes, recompute {recompute}"),
         ("logits", fullest.logits, "every token masked"),
-        ("workspace", fullest.workspace, f"buckets, a gradient on its way; {RESERVE / GB:.1f} for CUDA and NCCL, assumed"),
+        (
+            "workspace",
+            fullest.workspace,
+            f"buckets, a gradient on its way; {RESERVE / GB:.1f} for CUDA and NCCL, assumed",
+        ),
         ("sum", fullest.total, f"of {plan.machine.chip.memory_bytes / GB:.1f}: {_verdict(plan)}"),
     ]
     return [(name, f"{size / GB:.2f}", remark) for name, size, remark in rows]
@@ -62,9 +67,12 @@ def run_rows(plan: Plan) -> list[tuple[str, str]]:
     step, main = plan.main.step, plan.main
     source = "stated" if plan.mfu is not None else "estimated"
     mfu = plan.mfu if plan.mfu is not None else plan.estimated_mfu
-    rows = [
+    return [
         ("run", f"{plan.tokens:,} tokens in {plan.steps:,} steps; {_phases(plan)}"),
-        ("learning rate", ", ".join(_rate(phase.until_tokens, phase.end) for phase in plan.config.optimizer.learning_rate)),
+        (
+            "learning rate",
+            ", ".join(_rate(phase.until_tokens, phase.end) for phase in plan.config.optimizer.learning_rate),
+        ),
         (
             "FLOPs",
             f"{plan.model_flops:.3e} by the model (6·N + 12·L·S·d), {plan.hardware_flops:.3e} by the hardware "
@@ -88,7 +96,6 @@ def run_rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("start", f"{plan.start_seconds:.0f} s from a checkpoint, read at that rate"),
     ]
-    return rows
 
 
 def _phases(plan: Plan) -> str:
@@ -141,7 +148,7 @@ def search_row(plan: Plan) -> tuple[str, ...]:
         str(parallel.context_parallel),
         "yes" if parallel.sequence_parallel else "",
         str(parallel.zero_stage),
-        f"{training.micro_batch_size} × {plan.main.layout.micro_batches}",
+        f"{plan.main.layout.micro_batches} × {training.micro_batch_size}",
         training.recompute,
         f"{plan.memory[plan.fullest].total / GB:.1f}",
         f"{step.total:.2f}",

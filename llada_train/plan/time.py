@@ -133,8 +133,8 @@ def _norms_and_swiglu(layout: Layout) -> float:
 def _bytes_of_a_layer(layout: Layout) -> tuple[float, float]:
     """Bytes that a layer's operations between the matrix products read and write, forward and backward.
 
-    Operation by operation, as the model calls them: rotation in fp32 takes 58 bytes for each element of queries and keys
-    (two conversions, two products, a negation, a concatenation, a sum, a conversion back), and as much backward.
+    Operation by operation, as the model calls them: rotation in fp32 takes 58 bytes for each element of queries and
+    keys (two conversions, two products, a negation, a concatenation, a sum, a conversion back), and as much backward.
     """
     model: ModelConfig = layout.config.model
     tp, e = layout.config.parallel.tensor_parallel, layout.element_bytes

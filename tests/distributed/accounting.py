@@ -1,8 +1,9 @@
 """What one rank of a real run holds and sends, counted: what the plan's arithmetic is held against."""
 
 import gc
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from kept import Kept
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_run import LEARNING_RATE, initial_engine
 
@@ -43,6 +45,7 @@ class Account:
     gradients: int
     optimizer: int
     kept: int  # by one forward pass of each of its chunks, every token masked
+    peak: int  # of all tensors in a step
     masked: float  # that pass the head in a micro-batch, in the mean
     sent: dict[tuple[str, str], int]  # (group, operation) → bytes of whole tensors in a step
 
@@ -65,11 +68,15 @@ def account(config_file: Path, overrides: list[str]) -> Account:
     engine._engine.step = count_and_update
     with CountedCollectives() as counted:
         engine.train_step(batches, LEARNING_RATE)
+    engine._engine.step = update
+    before = state_bytes(engine)
+    growth = most_allocated(lambda: engine.train_step(batches, LEARNING_RATE))
     kept = kept_bytes(engine, batches[0]) if config.parallel.zero_stage < 3 else 0
     result = Account(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         **found,
         kept=kept,
+        peak=sum(before.values()) + growth,
         masked=sum(len(batch.masked_positions) for batch in batches) / len(batches),
         sent=counted.by_group(),
     )
@@ -145,6 +152,15 @@ def kept_bytes(engine: Engine, batch: Batch) -> int:
         total += counted.bytes
         del output
     return total
+
+
+def most_allocated(step: Callable[[], Any]) -> int:
+    """By how many bytes this process's tensors grow during a step, at most; every allocation counts."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 # --- weights, gradients, optimizer

@@ -51,4 +51,5 @@ def test_a_rank_holds_keeps_and_sends_what_the_plan_says(config: Path, layout: L
         sent: Counter[tuple[str, str]] = Counter()
         for one in traffic(planned, rank.pipeline_rank, rank.masked):
             sent[one.group, one.operation] += round(one.bytes * one.count)
-        assert {k: v for k, v in rank.sent.items()} == {k: v for k, v in sent.items() if v}, planned
+        assert rank.sent == {k: v for k, v in sent.items() if v}
+        print(layout.name, rank, rank.peak / (memory.memory(planned)[rank.pipeline_rank].total - memory.RESERVE))

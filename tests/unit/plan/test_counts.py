@@ -22,7 +22,14 @@ from llada_train.plan import memory
 from llada_train.plan.flops import flops_per_token, hardware_flops_per_token, mean_masked_share
 from llada_train.plan.layout import Layout
 
-SMALL = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "ffn_hidden_size": 160, "vocab_size": 512}
+SMALL = {
+    "num_layers": 3,
+    "hidden_size": 64,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "ffn_hidden_size": 160,
+    "vocab_size": 512,
+}
 LLADA_8B_SHAPED = {
     "num_layers": 2,
     "hidden_size": 4096,
@@ -51,7 +58,9 @@ def process_group() -> Iterator[None]:
         topology.shutdown()
 
 
-def config_with(model: dict[str, int], rows: int, length: int, recompute: str = "none", precision: str = "bf16") -> Config:
+def config_with(
+    model: dict[str, int], rows: int, length: int, recompute: str = "none", precision: str = "bf16"
+) -> Config:
     return Config.model_validate(
         {
             "run_dir": "unused",
@@ -105,7 +114,12 @@ def kept_and_planned(config: Config, fused_norm: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     ("model", "rows", "length", "precision"),
-    [(SMALL, 2, 64, "bf16"), ({**SMALL, "num_kv_heads": 2}, 3, 48, "bf16"), ({**SMALL, "num_kv_heads": 1}, 1, 96, "bf16")],
+    [
+        (SMALL, 2, 64, "bf16"),
+        (SMALL, 2, 32, "fp32"),
+        ({**SMALL, "num_kv_heads": 2}, 3, 48, "bf16"),
+        ({**SMALL, "num_kv_heads": 1}, 1, 96, "bf16"),
+    ],
 )
 def test_a_forward_pass_keeps_what_is_planned(
     model: dict[str, int], rows: int, length: int, precision: str, recompute: str

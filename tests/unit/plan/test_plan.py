@@ -101,9 +101,7 @@ def test_a_schedule_changes_steps_and_memory() -> None:
     assert ramp.steps == pytest.approx(long.steps, abs=2)
     assert ramp.memory == long.memory
     assert first.model_flops < second.model_flops  # attention is cheaper over shorter rows
-    mixture = planned(
-        "training.micro_batch_size=1", "schedule=[{from_tokens: 1_000_000_000, weights: {data/code: 1}}]"
-    )
+    mixture = planned("training.micro_batch_size=1", "schedule=[{from_tokens: 1_000_000_000, weights: {data/code: 1}}]")
     assert [phase.steps for phase in mixture.phases] == [long.steps]
 
 
@@ -131,7 +129,7 @@ def test_what_is_found_is_legal_fits_and_is_ranked() -> None:
 def test_the_command_says_what_does_not_fit_and_what_would() -> None:
     code, output = run(CONFIG, "--nodes", 1, "--gpu", "h800", *ALONE, "training.micro_batch_size=2")
     assert code == 1
-    assert "DOES NOT FIT" in output and "training.recompute=" in output or "parallel.zero_stage=" in output
+    assert "DOES NOT FIT" in output
     suggested = next(line for line in output.splitlines() if line.startswith("fits, ")).partition(": ")[2].split()
     assert run(CONFIG, "--nodes", 1, "--gpu", "h800", *ALONE, "training.micro_batch_size=2", *suggested)[0] == 0
 
