@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from llada_train.config.schema import Config, ModelConfig
+from llada_train.data.place import MASKED_MULTIPLE
 from llada_train.model.sizes import layers_of_stages, stage_of, tensor_specs
 from llada_train.plan.chips import GPUS_PER_NODE
 
@@ -91,6 +92,11 @@ class Layout:
     def tokens(self) -> int:
         """Of a micro-batch on one rank."""
         return self.config.training.micro_batch_size * self.sequence_length // self.config.parallel.context_parallel
+
+    @cached_property
+    def masked_positions(self) -> int:
+        """That the head sees of a micro-batch in which every token is masked."""
+        return math.ceil(self.tokens / MASKED_MULTIPLE) * MASKED_MULTIPLE
 
     @cached_property
     def residual_tokens(self) -> int:

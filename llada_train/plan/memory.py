@@ -32,23 +32,23 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.workspace
 
 
-def memory(layout: Layout) -> list[Memory]:
-    """Of each pipeline rank."""
-    return [_memory(layout, rank, holding) for rank, holding in enumerate(layout.holdings)]
+def memory(layout: Layout, fused_norm: bool = True) -> list[Memory]:
+    """Of each pipeline rank; `fused_norm`: as CUDA's kernel is (`kept_by_norm`)."""
+    return [_memory(layout, rank, holding, fused_norm) for rank, holding in enumerate(layout.holdings)]
 
 
-def _memory(layout: Layout, rank: int, holding: Holding) -> Memory:
+def _memory(layout: Layout, rank: int, holding: Holding, fused_norm: bool) -> Memory:
     weights, gradients, optimizer = state(layout, holding)
     logits = logits_at_peak(layout) if holding.has_head else 0
     kept, passing = zero_buffers(layout, holding)
-    passing = max(passing, within_a_layer(layout))
+    passing = max(passing, within_a_layer(layout, fused_norm))
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations(layout, rank),
+        activations=activations(layout, rank, fused_norm),
         logits=logits,
-        workspace=kept + max(0, passing - logits) + RESERVE,
+        workspace=kept + gathered_sequence(layout) + max(0, passing - logits) + RESERVE,
     )
 
 
@@ -66,7 +66,8 @@ def state(layout: Layout, holding: Holding) -> tuple[int, int, int]:
     stage = layout.config.parallel.zero_stage
     if stage == 3:
         own = sum(math.ceil(elements / ranks) for group in holding.groups for elements in group)
-        weights, gradients = e * (own + sum(holding.norms)), FP32 * own
+        norms = ranks * sum(math.ceil(elements / ranks) for elements in holding.norms)
+        weights, gradients = e * (own + norms), FP32 * own
     else:
         # fp32 weights are given to the optimizer as they are, bf16 ones in flat groups; both have the groups' padding.
         whole = sum(padded(sum(group), ranks) for group in holding.groups if group)
@@ -134,12 +135,13 @@ def rotary_tables(layout: Layout) -> int:
 
 def masked_rows(layout: Layout) -> int:
     """The head's input, every position of which is masked."""
-    return layout.element_bytes * layout.tokens * layout.config.model.hidden_size
+    return layout.element_bytes * layout.masked_positions * layout.config.model.hidden_size
 
 
 def logits_kept(layout: Layout) -> int:
     """The fp32 softmax of every position, which the head keeps for backward."""
-    return FP32 * layout.tokens * layout.config.model.padded_vocab_size // layout.config.parallel.tensor_parallel
+    rows = layout.config.model.padded_vocab_size // layout.config.parallel.tensor_parallel
+    return FP32 * layout.masked_positions * rows
 
 
 def logits_at_peak(layout: Layout) -> int:
@@ -147,14 +149,20 @@ def logits_at_peak(layout: Layout) -> int:
     return logits_kept(layout) // FP32 * (FP32 + layout.element_bytes)
 
 
-def within_a_layer(layout: Layout) -> int:
+def gathered_sequence(layout: Layout) -> int:
+    """megatron-core's one buffer for inputs that sequence parallelism gathers, which it never frees."""
+    gathers = layout.config.parallel.sequence_parallel
+    return layout.element_bytes * layout.tokens * layout.config.model.hidden_size if gathers else 0
+
+
+def within_a_layer(layout: Layout, fused_norm: bool = True) -> int:
     """What one layer's backward pass needs besides: what it makes again, and its largest temporaries.
 
     Those are SwiGLU's: five of T·F (the product's gradient, gate's, up's, and both together), and the residual
     stream's gradient twice.
     """
     config, e = layout.config, layout.element_bytes
-    again = kept_by_layer(layout, recompute="none") - kept_by_layer(layout)
+    again = kept_by_layer(layout, fused_norm, recompute="none") - kept_by_layer(layout, fused_norm)
     wide = layout.tokens * config.model.ffn_hidden_size // config.parallel.tensor_parallel
     return again + e * (5 * wide + 2 * layout.residual_tokens * config.model.hidden_size)
 

@@ -20,6 +20,7 @@ from training_run import LEARNING_RATE, initial_engine
 from llada_train.config.load import load_config
 from llada_train.data.batch import Batch
 from llada_train.data.loader import TrainingLoader
+from llada_train.data.place import MASKED_MULTIPLE
 from llada_train.data.rows import PretrainingData
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
@@ -33,7 +34,7 @@ OPERATIONS = {  # of the dispatcher: name, and which argument holds the whole te
     "c10d::reduce_": ("reduce", 0),
     "c10d::send": ("send", 0),
 }
-SMALL = 64  # bytes of norms, losses and the like, which the plan leaves out
+SMALL = 256  # bytes of norms, losses and the like, which the plan leaves out
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def account(config_file: Path, overrides: list[str]) -> Account:
     with CountedCollectives() as counted:
         engine.train_step(batches, LEARNING_RATE)
     engine._engine.step = update
-    before = state_bytes(engine)
+    before = all_bytes()
     growth = most_allocated(lambda: engine.train_step(batches, LEARNING_RATE))
     kept = kept_bytes(engine, batches[0]) if config.parallel.zero_stage < 3 else 0
     result = Account(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         **found,
         kept=kept,
-        peak=sum(before.values()) + growth,
+        peak=before + growth,
         masked=sum(len(batch.masked_positions) for batch in batches) / len(batches),
         sent=counted.by_group(),
     )
@@ -112,8 +113,8 @@ class CountedCollectives(TorchDispatchMode):
         for operation, members, size in self._calls:
             if len(members) > 1 and size > SMALL:
                 # A message of the pipeline goes through whatever group its schedule was given.
-                names = ["pipeline"] if operation == "send" else [n for n, r in ranks.items() if r == members]
-                found["/".join(names), operation] += size
+                name = "pipeline" if operation == "send" else next(n for n, r in ranks.items() if r == members)
+                found[name, operation] += size
         return dict(found)
 
 
@@ -130,15 +131,16 @@ def _tensors(holder: Any) -> Iterator[Tensor]:
 def kept_bytes(engine: Engine, batch: Batch) -> int:
     """By a forward pass of each of this rank's chunks, alone, with every position masked."""
     B, S = batch.input_ids.shape
+    masked = torch.arange(-(-B * S // MASKED_MULTIPLE) * MASKED_MULTIPLE) % (B * S)
     rank_of_row = parallel_state.get_context_parallel_rank()
     positions = torch.arange(rank_of_row * S, rank_of_row * S + S).repeat(B, 1)
     everything = Batch(
         input_ids=torch.zeros(B, S, dtype=torch.long),
         position_ids=positions,
         segments=None,
-        masked_positions=torch.arange(B * S),
-        targets=torch.zeros(B * S, dtype=torch.long),
-        loss_weight=torch.ones(B * S),
+        masked_positions=masked,
+        targets=torch.zeros_like(masked),
+        loss_weight=torch.ones(len(masked)),
         sample_index=torch.arange(B),
         t=torch.ones(B),
     )
@@ -187,7 +189,7 @@ def state_bytes(engine: Engine) -> dict[str, int]:
     gradients += [getattr(tensor, name, None) for tensor in parameters + masters for name in ("grad", "grad_accum")]
     held_by = {
         "weights": [parameters, [getattr(parameter, "ds_tensor", None) for parameter in parameters]],
-        "optimizer": [masters, [adam.state.get(master) for master in masters]],
+        "optimizer": [masters, [_moments(adam.state.get(master)) for master in masters]],
         "gradients": gradients,
     }
     seen: set[int] = set()
@@ -199,3 +201,15 @@ def state_bytes(engine: Engine) -> dict[str, int]:
                 seen.add(storage.data_ptr())
                 found[cause] += storage.nbytes()
     return found
+
+
+def all_bytes() -> int:
+    """Of all tensors of this process."""
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+
+
+def _moments(state: dict[str, Tensor] | None) -> list[Tensor]:
+    """Without the number of steps."""
+    return [tensor for tensor in (state or {}).values() if tensor.ndim]

@@ -115,10 +115,10 @@ def kept_and_planned(config: Config, fused_norm: bool) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("model", "rows", "length", "precision"),
     [
-        (SMALL, 2, 64, "bf16"),
-        (SMALL, 2, 32, "fp32"),
-        ({**SMALL, "num_kv_heads": 2}, 3, 48, "bf16"),
-        ({**SMALL, "num_kv_heads": 1}, 1, 96, "bf16"),
+        (SMALL, 2, 128, "bf16"),
+        (SMALL, 4, 64, "fp32"),
+        ({**SMALL, "num_kv_heads": 2}, 3, 256, "bf16"),
+        ({**SMALL, "num_kv_heads": 1}, 1, 256, "bf16"),
     ],
 )
 def test_a_forward_pass_keeps_what_is_planned(
