@@ -55,7 +55,7 @@ def kept_by_passes(layout: PlannedLayout, pipeline_rank: int) -> int:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_a_rank_holds_keeps_and_sends_what_the_plan_says(config: Path, layout: Layout) -> None:
-    """State, and what is sent, to the byte; activations but for a few indices; the most at any moment within a tenth."""
+    """State and what is sent to the byte, activations but for a few indices; the most at any moment within a tenth."""
     resolved = load_config(config, layout.overrides, layout.processes)
     planned = PlannedLayout(resolved, layout.processes, resolved.data.sequence_length, GLOBAL_BATCH_SIZE)
     ranks = processes.run(layout.processes, accounting.account, config, layout.overrides)
