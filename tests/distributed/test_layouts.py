@@ -57,10 +57,3 @@ def test_documents_attend_to_themselves_in_any_layout(matrices: dict[str, Matrix
     matrix = matrices["fp32"]
     layout = Layout(tensor_parallel=2, pipeline_parallel=2, context_parallel=2, sequence_parallel=True)
     matrix.check(matrix.run(layout, "data.rows=document_attention"))
-
-
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_gradients_may_be_reduced_in_many_buckets(matrices: dict[str, Matrix], zero_stage: int) -> None:
-    """As they are at 8B, where single parameters are larger than a bucket."""
-    matrix = matrices["bf16"]
-    matrix.check(matrix.run(Layout(2, zero_stage=zero_stage), fault="small_buckets"))
