@@ -8,17 +8,17 @@ import math
 from dataclasses import dataclass
 
 from llada_train.plan.layout import Holding, Layout, padded
-from llada_train.plan.zero import zero_settings
 
 FP32 = 4
 MASTER_AND_MOMENTS = 3 * FP32
+MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default for `stage3_max_live_parameters` and `…_max_reuse_distance`
 # Not counted by any formula: CUDA's context, NCCL's and cuBLAS's buffers, what the allocator cannot use. An assumption.
 RESERVE = 3 * 2**30
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. The sum is the most that is held at once."""
+    """Bytes. The sum is the most that a GPU holds at once."""
 
     weights: int
     gradients: int
@@ -26,6 +26,7 @@ class Memory:
     activations: int
     logits: int
     workspace: int  # beyond the logits: buckets, a gradient on its way, a layer's temporaries; and the reserve
+    host: int = 0  # of the CPUs' memory, for each GPU
 
     @property
     def total(self) -> int:
@@ -40,6 +41,9 @@ def memory(layout: Layout, fused_norm: bool = True) -> list[Memory]:
 def _memory(layout: Layout, rank: int, holding: Holding, fused_norm: bool) -> Memory:
     weights, gradients, optimizer = state(layout, holding)
     logits = logits_at_peak(layout) if holding.has_head else 0
+    host = 0
+    if layout.config.parallel.offload_optimizer:
+        host, optimizer = offloaded(optimizer), 0
     kept, passing = zero_buffers(layout, holding)
     passing = max(passing, within_a_layer(layout, fused_norm))
     return Memory(
@@ -49,6 +53,7 @@ def _memory(layout: Layout, rank: int, holding: Holding, fused_norm: bool) -> Me
         activations=activations(layout, rank, fused_norm),
         logits=logits,
         workspace=kept + gathered_sequence(layout) + max(0, passing - logits) + RESERVE,
+        host=host,
     )
 
 
@@ -73,8 +78,12 @@ def state(layout: Layout, holding: Holding) -> tuple[int, int, int]:
         whole = sum(padded(sum(group), ranks) for group in holding.groups if group)
         own = whole // ranks
         weights, gradients = e * whole, FP32 * (own if stage == 2 else whole)
-    optimizer = MASTER_AND_MOMENTS * own
-    return weights, gradients, 0 if zero_settings(layout.config).offloads_optimizer else optimizer
+    return weights, gradients, MASTER_AND_MOMENTS * own
+
+
+def offloaded(optimizer: int) -> int:
+    """In host memory for each GPU: master, moments, and besides the master's gradient and a copy in bf16 (ZeRO 2)."""
+    return optimizer + optimizer // MASTER_AND_MOMENTS * (FP32 + 2)
 
 
 # --- activations
@@ -178,14 +187,16 @@ def zero_buffers(layout: Layout, holding: Holding) -> tuple[int, int]:
       a flat copy, and an fp32 copy, which is sent.
     - ZeRO 3: an fp32 bucket; the gathered weights, up to `stage3_max_live_parameters`; gradient, fp32 copy and its
       rearrangement by rank.
+    An optimizer that is offloaded takes a buffer for its largest gradient on the GPU besides.
     """
-    e, knobs, stage = layout.element_bytes, zero_settings(layout.config), layout.config.parallel.zero_stage
-    largest = holding.largest
+    e, parallel = layout.element_bytes, layout.config.parallel
+    stage, bucket, largest = parallel.zero_stage, parallel.reduce_bucket_size, holding.largest
+    offload = e * largest if parallel.offload_optimizer else 0
     if stage == 1:
         return 0, (e + FP32) * largest if e < FP32 else e * largest
-    bucket = knobs.reduce_bucket
     if stage == 2:
-        at_once = largest if knobs.overlaps else min(largest, bucket + holding.parameters // layout.copies)
-        return e * bucket * (2 if knobs.overlaps else 1), e * largest + (e + FP32) * at_once
-    gathered = min(holding.parameters, knobs.max_live_parameters)
-    return FP32 * bucket + e * gathered, (e + 2 * FP32) * largest
+        overlaps = parallel.overlaps_reduction
+        at_once = largest if overlaps else min(largest, bucket + holding.parameters // layout.copies)
+        return e * bucket * (2 if overlaps else 1) + offload, e * largest + (e + FP32) * at_once
+    gathered = min(holding.parameters, MAX_LIVE_PARAMETERS)
+    return FP32 * bucket + e * gathered + offload, (e + 2 * FP32) * largest

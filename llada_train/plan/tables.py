@@ -46,6 +46,7 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
             fullest.workspace,
             f"buckets, a gradient on its way; {RESERVE / GB:.1f} for CUDA and NCCL, assumed",
         ),
+        *([("on the host", fullest.host, "not in the sum: optimizer and its gradients")] if fullest.host else []),
         ("sum", fullest.total, f"of {plan.machine.chip.memory_bytes / GB:.1f}: {_verdict(plan)}"),
     ]
     return [(name, f"{size / GB:.2f}", remark) for name, size, remark in rows]

@@ -17,6 +17,8 @@ from llada_train.plan.traffic import Behind, seconds, traffic
 PRODUCTS_REACH = 0.75
 ATTENTION_FORWARD_REACHES, ATTENTION_BACKWARD_REACHES = 0.4, 0.35
 MEMORY_REACHES = 0.8
+# Of an offloaded optimizer, for each GPU: bytes/s to and from the host, and of the host's memory as Adam moves it.
+TO_HOST_RATE, HOST_MEMORY_RATE = 40e9, 25e9
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,11 @@ def _update(layout: Layout, holding: Holding, chip: Chip) -> float:
     own = whole // layout.copies
     gradients = whole if layout.config.parallel.zero_stage == 1 else own
     # Adam reads gradient, master and both moments and writes the last three; then the weights.
-    moved = 4 * FP32 * gradients + (7 * FP32 + layout.element_bytes) * own
-    return moved / (MEMORY_REACHES * chip.memory_rate)
+    adam = (7 * FP32 + layout.element_bytes) * own
+    clipping = 4 * FP32 * gradients / (MEMORY_REACHES * chip.memory_rate)
+    if layout.config.parallel.offload_optimizer:
+        return clipping + (FP32 + layout.element_bytes) * own / TO_HOST_RATE + adam / HOST_MEMORY_RATE
+    return clipping + adam / (MEMORY_REACHES * chip.memory_rate)
 
 
 def estimated_mfu(layout: Layout, chip: Chip, step: StepTime) -> float:

@@ -12,8 +12,7 @@ from typing import Literal
 from llada_train.plan.chips import Chip
 from llada_train.plan.flops import mean_masked_share
 from llada_train.plan.layout import Holding, Layout, padded
-from llada_train.plan.memory import FP32
-from llada_train.plan.zero import zero_settings
+from llada_train.plan.memory import FP32, MAX_LIVE_PARAMETERS
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce", "send"]
 Group = Literal["tensor", "context", "pipeline", "copies"]  # copies: data × context, which hold the same weights
@@ -122,7 +121,8 @@ def _zero(layout: Layout, holding: Holding) -> Iterator[Collective]:
     """DeepSpeed 0.19.8, gradients in fp32.
 
     - ZeRO 1 reduces the whole buffer once, after backward (`buffered_allreduce_fallback`). Nothing goes on meanwhile.
-    - ZeRO 2 reduces every micro-batch's gradients, and reads its own part off an all-reduce (`allreduce_and_scatter`).
+    - ZeRO 2 reduces every micro-batch's gradients, and reads its own part off an all-reduce (`allreduce_and_scatter`),
+      or sends each rank its own, if it is told to scatter. The embedding's come last, and hide behind nothing.
     - Both gather the weights of all after the update.
     - ZeRO 3 gathers the weights for forward and, but for what stays live between them (about half of
       `stage3_max_reuse_distance` before the turn, and as much after it), for backward; every micro-batch's gradients
@@ -131,23 +131,37 @@ def _zero(layout: Layout, holding: Holding) -> Iterator[Collective]:
     ranks, e, m = layout.copies, layout.element_bytes, layout.micro_batches
     if ranks == 1:
         return
-    stage, knobs = layout.config.parallel.zero_stage, zero_settings(layout.config)
+    config = layout.config
+    parallel, stage = config.parallel, config.parallel.zero_stage
+    last = config.model.padded_vocab_size * config.model.hidden_size // parallel.tensor_parallel
+    last *= holding.has_embedding and parallel.overlaps_reduction
     whole = sum(padded(sum(group), ranks) for group in holding.groups if group)
-    behind: Behind = "backward" if knobs.overlaps else "nothing"
+    behind: Behind = "backward" if parallel.overlaps_reduction else "nothing"
     if stage == 1:
-        yield Collective("gradients", "all-reduce", "copies", FP32 * whole, 1)
+        yield _reduction("all-reduce", FP32 * whole, 1)
     elif stage == 2:
-        yield Collective("gradients", "all-reduce", "copies", FP32 * holding.parameters, m, behind)
+        # One message for each owner, or one for all.
+        operation: Operation = "reduce" if parallel.scatters_reduction else "all-reduce"
+        calls = ranks if parallel.scatters_reduction else 1
+        yield _reduction(operation, FP32 * (holding.parameters - last) / calls, calls * m, behind)
+        if last:
+            yield _reduction(operation, FP32 * last / calls, calls * m)
     if stage < 3:
         yield Collective("weights", "all-gather", "copies", e * whole, 1)
         return
     parts = ranks * sum(math.ceil(n / ranks) for n in holding.matrices)
     norms = ranks * sum(math.ceil(n / ranks) for n in holding.norms)
-    again = max(0, parts - knobs.max_live_parameters // 2)
+    again = max(0, parts - MAX_LIVE_PARAMETERS // 2)
     yield Collective("weights", "all-gather", "copies", e * parts, m, "forward")
     yield Collective("weights", "all-gather", "copies", e * again, m, "backward")
     yield Collective("norms", "all-gather", "copies", e * norms, 1)
-    yield Collective("gradients", "reduce-scatter", "copies", FP32 * (parts + norms), m, behind)
+    yield _reduction("reduce-scatter", FP32 * (parts + norms - last), m, behind)
+    if last:
+        yield _reduction("reduce-scatter", FP32 * last, m)
+
+
+def _reduction(operation: Operation, size: float, count: int, behind: Behind = "nothing") -> Collective:
+    return Collective("gradients", operation, "copies", size, count, behind)
 
 
 # --- how long it takes
