@@ -17,6 +17,16 @@ class Found:
     layouts: int  # that the rules let pass
     fitting: list[Plan]  # by estimated time
 
+    @property
+    def best(self) -> list[Plan]:
+        """Of each combination of TP, PP, CP and ZeRO stage the quickest, by estimated time."""
+        found: dict[tuple[int, ...], Plan] = {}
+        for one in self.fitting:
+            parallel = one.config.parallel
+            sizes = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
+            found.setdefault((*sizes, parallel.zero_stage), one)
+        return list(found.values())
+
 
 def search(config: Config, machine: Machine, mfu: float | None, write_rate: float, keep: Collection[str] = ()) -> Found:
     """Every TP within a node, PP, VPP, CP, SP, ZeRO stage, micro-batch size and recomputation.
