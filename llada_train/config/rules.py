@@ -4,6 +4,7 @@ Each fault is (key, message); the key says where it can be mended.
 """
 
 import math
+from functools import cache
 
 from llada_train.config.schema import Config, ParallelConfig
 
@@ -206,5 +207,6 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
     ]
 
 
+@cache
 def _divisors(number: int) -> str:
     return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
