@@ -164,7 +164,7 @@ class Parts:
         if missing := self.missing(range(self.count)):
             raise UserError(
                 f"{self.folder}: {len(missing)} of {self.count} parts are missing, the first is {missing[0]}: run the "
-                "`llada-data tokenize --shard` commands that have not finished again, and copy their parts here"
+                "`llada-data tokenize --shard` commands again, which pass over what is finished, and copy the parts"
             )
         reports = [self.report(i) for i in range(self.count)]
         tokenizer = self._plan["tokenizer"]

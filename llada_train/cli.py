@@ -195,18 +195,21 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead.")] = None,
 ) -> None:
-    """Bound on the held-out documents, against unigram and bigram models of the same tokens."""
+    """Bound on the held-out documents, against unigram and bigram models of the same tokens; on a GPU (bf16) or CPU."""
+    import torch
+
     from llada_train.checkpoint.reader import open_verified
     from llada_train.convert.plain import plain_model
     from llada_train.data.rows import PretrainingData
     from llada_train.evaluation.report import held_out_report
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with open_verified(source) as weights:
         config = weights.config
-        plain = plain_model(weights, config.model)
+        plain = plain_model(weights, config.model, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
     data = PretrainingData(config)
     with _progress("bound on held-out rows") as advance:
-        report = held_out_report(lambda ids: plain(ids).logits, data, config, advance)
+        report = held_out_report(lambda ids: plain(ids.to(device)).logits, data, config, advance)
     text = json.dumps(dataclasses.asdict(report), indent=2)
     if output is not None:
         temporary = output.with_name(f"{output.name}.tmp")

@@ -19,7 +19,7 @@ ClusterFile = Annotated[
     Path,
     typer.Option("--cluster", envvar="LLADA_CLUSTER", help="The site's facts: a file as those in configs/cluster."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the sbatch file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the sbatch file; data need not be there yet.")]
 DEFAULT_CLUSTER = Path("configs/cluster/h100.yaml")
 array = typer.Typer(no_args_is_help=True, help="SLURM arrays: tokenize text, evaluate many checkpoints.")
 job = typer.Typer(hidden=True, help="What the script of a submitted job calls.")
@@ -46,11 +46,11 @@ def submit(
 ) -> None:
     """Submit a pre-training run to SLURM. It saves and queues itself again until it is complete.
 
-    Example: llada-train submit configs/pretrain/llada_8b.yaml --nodes 32 cluster.slurm.partition=gpu
+    Example: llada-train submit configs/pretrain/llada_8b.yaml --nodes 40 cluster.slurm.partition=gpu
     """
     from llada_train.cluster import submit as submission
 
-    files = submission.prepare(config, overrides or [], cluster, nodes, accept_config_changes, chain)
+    files = submission.prepare(config, overrides or [], cluster, nodes, accept_config_changes, chain, not dry_run)
     if dry_run:
         typer.echo(files.script, nl=False)
         return
@@ -89,8 +89,7 @@ def array_tokenize(
     if dry_run:
         typer.echo(tokenize.script, nl=False)
         return
-    first = submission.submit_array(tokenize)
-    last = submission.submit_array(merge, f"afterok:{first}")
+    first, last = submission.submit_arrays(tokenize, merge)
     typer.echo(f"job {first}, {shards} parts; then job {last} joins them to {output}.bin and .idx")
     typer.echo(f"logs    {tokenize.folder}")
 
@@ -220,10 +219,10 @@ Hosts = Annotated[str, typer.Option("--hosts", help="Joined by commas.")]
 
 @job.command("begin")
 def job_begin(folder: Folder, job: JobId, restart: Restart, hosts: Hosts) -> None:
-    """Note a start; exit code 3: the run has started often enough."""
-    from llada_train.cluster.job import GAVE_UP_EXIT_CODE, Job
+    """Note a start; exit code 3: the run has started often enough, 5: it is complete."""
+    from llada_train.cluster.job import Job
 
-    raise typer.Exit(0 if Job(folder, job, restart).begin(hosts.split(",")) else GAVE_UP_EXIT_CODE)
+    raise typer.Exit(Job(folder, job, restart).begin(hosts.split(",")))
 
 
 @job.command("nodes")
@@ -255,3 +254,11 @@ def job_end(
     from llada_train.cluster.job import Job
 
     typer.echo("requeue" if Job(folder, job, restart).end(code, state, not no_requeue) else "end")
+
+
+@job.command("refused")
+def job_refused(folder: Folder, job: JobId, restart: Restart) -> None:
+    """Note that SLURM would not queue the job again."""
+    from llada_train.cluster.job import Job
+
+    Job(folder, job, restart).refused()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -27,23 +28,18 @@ INSTALL_GPU = "pip install --no-build-isolation -e '.[gpu]' -c constraints.txt"
 MODULES = {"torch": "torch", "flash-attn": "flash_attn", "transformer-engine": "transformer_engine", "apex": "apex"}
 SECONDS = 120.0  # imports from a slow shared disk
 
-# Prints one JSON object: module → null, or why it cannot be imported; and what torch says of the GPUs.
+# Imports one module and prints, as JSON, why it cannot be imported; of torch also what it says of the GPUs.
 _PROBE = """
 import importlib, json, sys
-told = {}
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-        told[name] = None
-    except BaseException as error:
-        told[name] = f"{type(error).__name__}: {error}"
-gpus = nccl = None
-if told["torch"] is None:
-    import torch
-    if torch.version.cuda is not None:
-        gpus = torch.cuda.device_count()
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-print(json.dumps({"problems": told, "gpus": gpus, "nccl": nccl}))
+told = {"problem": None}
+try:
+    module = importlib.import_module(sys.argv[1])
+    if sys.argv[1] == "torch" and module.version.cuda is not None:
+        nccl = ".".join(map(str, module.cuda.nccl.version()))
+        told |= {"cuda": module.version.cuda, "gpus": module.cuda.device_count(), "nccl": nccl}
+except BaseException as error:
+    told["problem"] = f"{type(error).__name__}: {error}"
+print(json.dumps(told))
 """
 
 
@@ -60,7 +56,8 @@ class Finding:
 @dataclass(frozen=True)
 class _Probe:
     problems: dict[str, str | None]  # of modules that were imported; None: sound
-    gpus: int | None = None  # that torch sees; None: it was built without CUDA
+    cuda: str | None = None  # that torch is built for; None: for none
+    gpus: int = 0  # that torch sees
     nccl: str | None = None
 
     def sound(self, package: str) -> bool:
@@ -87,18 +84,28 @@ def _version(package: str) -> str | None:
 
 
 def _probe() -> _Probe:
-    wanted = [module for package, module in MODULES.items() if package == "torch" or _version(package) is not None]
+    problems: dict[str, str | None] = {}
+    told: dict[str, Any] = {}
+    for package, module in MODULES.items():
+        if package == "torch" or _version(package) is not None:
+            told |= _import(module)
+            problems[module] = told.pop("problem")
+    return _Probe(problems, **told)
+
+
+def _import(module: str) -> dict[str, Any]:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _PROBE, *wanted], capture_output=True, text=True, timeout=SECONDS, errors="replace"
+            [sys.executable, "-c", _PROBE, module], capture_output=True, text=True, timeout=SECONDS, errors="replace"
         )
-        return _Probe(**json.loads(done.stdout.splitlines()[-1]))
     except subprocess.TimeoutExpired:
-        problem = f"its import takes more than {SECONDS:.0f} s"
-    except (IndexError, ValueError):  # a crash, of which nobody knows whose it is
+        return {"problem": f"importing it takes more than {SECONDS:.0f} s"}
+    try:
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return told
+    except (IndexError, ValueError):
         ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        problem = f"importing {', '.join(wanted)} ended with {ended}: {done.stderr.strip()[-200:]}"
-    return _Probe(dict.fromkeys(wanted, problem))
+        return {"problem": f"importing it ended with {ended}: {done.stderr.strip()[-200:]}"}
 
 
 def _packages(probe: _Probe) -> Iterator[Finding]:
@@ -128,7 +135,7 @@ def _packages(probe: _Probe) -> Iterator[Finding]:
 
 def _gpus(count: int, probe: _Probe) -> Iterator[Finding]:
     """Driver, CUDA and communication."""
-    cuda = _torch_cuda()
+    cuda = probe.cuda
     if count == 0:
         yield Finding("GPUs", "none: runs go on the CPU, and processes talk through gloo")
         return
@@ -146,21 +153,23 @@ def _gpus(count: int, probe: _Probe) -> Iterator[Finding]:
             fault=old,
             remedy=f"a driver for CUDA {cuda}, or a torch built for {told.cuda}" if old else None,
         )
+    if not probe.sound("torch"):
+        return
     if cuda is None:
         remedy = f"pip uninstall torch, then without a CPU-only index: {INSTALL}"
         yield Finding("CUDA", "torch is built without it", fault=True, remedy=remedy)
         return
     yield Finding("CUDA", f"{cuda}, with torch")
-    if probe.gpus is not None and probe.gpus != count:
+    if probe.gpus != count:
         yield Finding("CUDA devices", f"torch sees {probe.gpus} of {count} GPUs", fault=True)
-    yield Finding("NCCL", probe.nccl or "unknown, since torch cannot be imported")
+    yield Finding("NCCL", str(probe.nccl))
     adapters = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     yield Finding("RDMA adapters", ", ".join(adapters) or "none: NCCL uses sockets between nodes")
 
 
 def _kernels(probe: _Probe) -> Iterator[Finding]:
     """What of a step is done by what."""
-    on_gpu = bool(probe.gpus)
+    on_gpu = probe.gpus > 0
     flash, broken = _version("flash-attn"), probe.problems.get("flash_attn")
     if on_gpu and probe.sound("flash-attn"):
         yield Finding("attention", f"flash-attn {flash}")
@@ -216,13 +225,6 @@ def _nvidia_smi() -> _Driver | None:
         return None
     kinds = [f"{names.count(name)} × {name}" for name in dict.fromkeys(names)]
     return _Driver(", ".join(kinds), driver[1], cuda[1])
-
-
-def _torch_cuda() -> str | None:
-    """The CUDA that torch is built for; None: without. Read, not imported."""
-    text = _file_of("torch", "version.py")
-    found = re.search(r"^cuda\b.*= '([\d.]+)'", text, re.M)
-    return found[1] if found else None
 
 
 def _deepspeed_ops() -> list[str]:

@@ -113,6 +113,9 @@ def _disk(report: Report, cluster: ClusterConfig) -> None:
     """Write, flush and read on the node's own disk."""
     folder, limits = cluster.local_scratch, cluster.health
     try:
+        cluster.scratch.mkdir(mode=0o700, exist_ok=True)
+        if cluster.scratch.stat().st_uid != os.getuid():  # its name can be guessed, in a folder where all may write
+            report.problems.append(f"local disk: {cluster.scratch} belongs to somebody else, and is not used")
         free = shutil.disk_usage(folder).free / 1e9
         file = folder / f".llada-train-health-{os.getpid()}"
         try:

@@ -1,7 +1,8 @@
 """What a job's own script asks: go on or give up, which nodes train, queue again or end. Imports no torch."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from llada_train.checkpoint.store import FOLDER, newest_manifest
@@ -12,14 +13,14 @@ from llada_train.config.load import load
 from llada_train.parallel.launch import HUNG_EXIT_CODE, STOPPED_EXIT_CODE
 from llada_train.training.journal import note, read_history
 
-EXCLUDED_FILE = "excluded"  # in a submission's folder: nodes that the job no longer wants, as scontrol takes them
+EXCLUDED_FILE = "excluded"  # in a submission's folder: nodes that the job does not want now, as scontrol takes them
 GAVE_UP_EXIT_CODE = 3
 TOO_FEW_NODES_EXIT_CODE = 4
+COMPLETE_EXIT_CODE = 5
 USER_ERROR_EXIT_CODE = 2
-# How srun tells that a node's tasks died of a signal; a plain exit code is more likely the program's fault.
-_DIED = re.compile(
-    r"srun: error: (\S+): tasks? [\d,-]+: (?:Killed|Bus error|Segmentation fault|Aborted|Illegal instruction)"
-)
+# How srun tells that a node's tasks died of a signal; a plain exit code is more likely the program's fault, and so is
+# "Aborted": NCCL aborts the processes that wait for one that is lost.
+_DIED = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?:Killed|Bus error|Segmentation fault|Illegal instruction)")
 _TOLD = re.compile(r"srun: error: \S+: tasks? ")
 
 
@@ -33,8 +34,11 @@ class Job:
         self.attempt = folder / f"attempt-{job}-{restart}"
         self._place = {"job": job, "restart": restart}
 
-    def begin(self, hosts: Sequence[str]) -> bool:
-        """Note the start; False: the run has started often enough without getting any further."""
+    def begin(self, hosts: Sequence[str]) -> int:
+        """Note the start; returns 0, or the exit code that says why there is to be none."""
+        if self._complete():  # jobs of a chain that were not needed
+            print(f"{self.run_dir}: the run is complete; nothing is left to do")
+            return COMPLETE_EXIT_CODE
         consumed = self._consumed_samples()
         without_progress = self._attempts_without_progress(consumed)
         note(self.run_dir, "attempt", **self._place, hosts=list(hosts), consumed_samples=consumed)
@@ -44,8 +48,8 @@ class Job:
                 f"{self.run_dir}: {without_progress} starts brought no new checkpoint; the job ends. Its logs are in "
                 f"{self.folder}; when the cause is mended, submit the run again"
             )
-            return False
-        return True
+            return GAVE_UP_EXIT_CODE
+        return 0
 
     def choose_nodes(self, hosts: Sequence[str], need: int, with_links: bool) -> bool:
         """Judge the nodes' reports and write those that train to ATTEMPT/nodes; False: too few are sound."""
@@ -59,9 +63,7 @@ class Job:
         for host, problems in faults.items():
             print(f"{host}: left out: {'; '.join(problems)}")
         if faults and (not with_links or any(host in faults for host in self._chosen())):
-            note(self.run_dir, "left_out", **self._place, nodes=faults)
-        if sound:  # else it is more likely what they share than each of them
-            self._exclude(faults)
+            self._leave_out(faults, exclude=bool(sound))  # else it is more likely what they share than each of them
         if len(sound) < need:
             print(f"{len(sound)} of {len(hosts)} nodes are sound, but {need} are needed")
             return False
@@ -78,13 +80,18 @@ class Job:
             TOO_FEW_NODES_EXIT_CODE: "too few sound nodes",
         }.get(code, "failed")
         if meaning == "failed" and (node := self._first_that_died()) is not None:
-            note(self.run_dir, "left_out", **self._place, nodes={node: ["its processes died of a signal"]})
-            self._exclude([node])
+            self._leave_out({node: ["its processes died of a signal"]})
         # A cancelled job is no longer RUNNING; one that SLURM queues again by itself is not either.
         again = requeue and state == "RUNNING" and code not in (0, USER_ERROR_EXIT_CODE)
         again = again and self._attempts_without_progress(self._consumed_samples()) < self.cluster.slurm.max_attempts
-        note(self.run_dir, "job_ended", **self._place, code=code, meaning=meaning, state=state, requeued=again)
+        if again:
+            self._write_excluded()
+        note(self.run_dir, "job_ended", **self._place, code=code, meaning=meaning, state=state, requeue=again)
         return again
+
+    def refused(self) -> None:
+        """SLURM would not queue the job again."""
+        note(self.run_dir, "requeue_refused", **self._place)
 
     def _consumed_samples(self) -> int:
         """Of the newest checkpoint."""
@@ -103,14 +110,31 @@ class Job:
             count += event["event"] == "attempt"
         return count
 
+    def _complete(self) -> bool:
+        """Did a start since the run was last submitted bring it to its end?"""
+        for event in reversed(read_history(self.run_dir)):
+            if event["event"] in ("submitted", "started", "ended"):
+                return event["event"] == "ended" and event["outcome"] == "complete"
+        return False
+
     def _chosen(self) -> list[str]:
         return (self.attempt / "nodes").read_text(encoding="utf-8").split(",")
 
-    def _exclude(self, nodes: Sequence[str] | dict[str, list[str]]) -> None:
-        path = self.folder / EXCLUDED_FILE
-        known = path.read_text(encoding="utf-8").split(",") if path.exists() else []
-        if nodes:
-            path.write_text(",".join(dict.fromkeys([*known, *nodes])), encoding="utf-8")
+    def _leave_out(self, nodes: Mapping[str, Sequence[str]], exclude: bool = True) -> None:
+        note(self.run_dir, "left_out", **self._place, nodes=nodes, exclude=exclude)
+
+    def _write_excluded(self) -> None:
+        """The nodes that were left out of late: one that was repaired, or was not at fault, may come back.
+
+        Its health is checked again before it trains.
+        """
+        since, nodes = datetime.now(UTC) - timedelta(hours=self.cluster.health.exclude_hours), dict[str, None]()
+        for event in reversed(read_history(self.run_dir)):
+            if event["event"] == "submitted" or datetime.fromisoformat(event["time"]) < since:
+                break
+            if event["event"] == "left_out" and event["exclude"]:
+                nodes |= dict.fromkeys(event["nodes"])
+        (self.folder / EXCLUDED_FILE).write_text(",".join(sorted(nodes)), encoding="utf-8")
 
     def _first_that_died(self) -> str | None:
         """The node of which srun tells first, in this start's part of the log, if its processes died of a signal."""

@@ -12,6 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llada_train.config.cluster import ClusterConfig, EnvironmentConfig
 from llada_train.config.errors import UserError
+from llada_train.config.schema import Config
+from llada_train.data.storage import is_remote
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 MODULE = ("-m", "llada_train.cli")
@@ -25,9 +27,17 @@ class Staged:
 
 
 def pretrain_script(
-    cluster: ClusterConfig, folder: Path, run_dir: Path, nodes: int, requeue: bool, flags: Sequence[str] = ()
+    cluster: ClusterConfig,
+    folder: Path,
+    run_dir: Path,
+    nodes: int,
+    requeue: bool,
+    folders: Sequence[Path] = (),
+    flags: Sequence[str] = (),
 ) -> str:
     """The job that trains on `nodes`; `folder` is that of the submission, with config.yaml and cluster.yaml.
+
+    An image sees `run_dir` and `folders`.
 
     Raises:
         UserError: the environment, or the archive to stage, is not there.
@@ -35,11 +45,13 @@ def pretrain_script(
     environment = cluster.environment
     source = _source(environment)
     staged = _staged(environment, source) if environment.stage else None
-    in_place = shlex.join(_program(environment, str(source), cluster.node.gpus > 0))
-    on_local_disk = _with_variable(_program(environment, "$staged", cluster.node.gpus > 0), "$staged")
+    mounts, gpus = _mounts(cluster, [run_dir, *folders]), cluster.node.gpus > 0
+    in_place = shlex.join(_program(environment, str(source), mounts, gpus))
+    on_local_disk = _with_variable(_program(environment, "$staged", mounts, gpus), "$staged")
     return _render(
         "pretrain.sbatch.j2",
         cluster,
+        mounts,
         job_name=_job_name(run_dir),
         folder=folder,
         run_dir=run_dir.absolute(),
@@ -54,10 +66,45 @@ def pretrain_script(
     )
 
 
-def array_script(cluster: ClusterConfig, folder: Path, name: str, tasks: int, command: Sequence[str]) -> str:
-    """The array of `tasks` jobs of one task each; PART in the command's words is a job's line of FOLDER/parts."""
-    words = _with_variable(command, PART)
-    return _render("array.sbatch.j2", cluster, job_name=name, folder=folder, tasks=tasks, command=words)
+def array_script(
+    cluster: ClusterConfig,
+    folder: Path,
+    name: str,
+    tasks: int,
+    command: Sequence[str],
+    folders: Sequence[Path] = (),
+    gpu: bool = False,
+) -> str:
+    """The array of `tasks` jobs of one task each, with one GPU if it is of use and nodes have some.
+
+    PART in the command's words is a job's line of FOLDER/parts; an image sees `folders`.
+    """
+    return _render(
+        "array.sbatch.j2",
+        cluster,
+        _mounts(cluster, folders),
+        job_name=name,
+        folder=folder,
+        tasks=tasks,
+        command=_with_variable(command, PART),
+        gpu=gpu and cluster.node.gpus > 0,
+    )
+
+
+def folders_of(config: Config) -> list[Path]:
+    """Where a run reads and writes, so that an image has to see them."""
+    corpora = [Path(corpus.path).parent for corpus in config.data.corpora if not is_remote(corpus.path)]
+    return [config.run_dir, config.data.tokenizer, *corpora, *([config.init_from] if config.init_from else [])]
+
+
+def _mounts(cluster: ClusterConfig, folders: Sequence[Path]) -> list[Path]:
+    """Every folder that an image sees under its own name, but those within another one."""
+    given = [*cluster.environment.mounts, Path.cwd(), LAUNCH, cluster.local_scratch, *folders]
+    found: list[Path] = []
+    for path in sorted({path.absolute() for path in given}):
+        if not any(path.is_relative_to(outer) for outer in found):
+            found.append(path)
+    return found
 
 
 def _with_variable(words: Sequence[str], variable: str) -> str:
@@ -73,16 +120,17 @@ def _with_variable(words: Sequence[str], variable: str) -> str:
     return " ".join(quoted)
 
 
-def module_command(cluster: ClusterConfig, module: str) -> list[str]:
+def module_command(cluster: ClusterConfig, module: str, folders: Sequence[Path], gpu: bool = False) -> list[str]:
     """`python -m module` in the site's environment, for a job's own script."""
-    program = _program(cluster.environment, str(_source(cluster.environment)), gpus=False)
+    source = str(_source(cluster.environment))
+    program = _program(cluster.environment, source, _mounts(cluster, folders), gpu and cluster.node.gpus > 0)
     return [module if word == MODULE[1] else word for word in program]
 
 
-def _render(template: str, cluster: ClusterConfig, **values: Any) -> str:
+def _render(template: str, cluster: ClusterConfig, mounts: Sequence[Path], **values: Any) -> str:
     if not LAUNCH.is_dir():
         raise UserError(
-            f"{LAUNCH}: no such folder; submit from a checkout of llada_train, which has the SLURM templates"
+            f"{LAUNCH}: no such folder; install llada_train from a checkout (`pip install -e`), which has them"
         )
     jinja = Environment(
         loader=FileSystemLoader(LAUNCH),
@@ -97,9 +145,9 @@ def _render(template: str, cluster: ClusterConfig, **values: Any) -> str:
     jinja.filters["words"] = lambda values: shlex.join(map(str, values))
     jinja.filters["pattern"] = lambda value: str(value).replace("%", "%%")  # % means something in SLURM's file names
     site = {name: getattr(cluster, name) for name in type(cluster).model_fields}
-    container = _container(cluster.environment)
+    container = _container(cluster.environment, mounts)
     return jinja.get_template(template).render(
-        **site, container=container, directory=Path.cwd(), launch=LAUNCH, **values
+        **site, scratch=cluster.scratch, container=container, directory=Path.cwd(), launch=LAUNCH, **values
     )
 
 
@@ -144,21 +192,37 @@ def _staged(environment: EnvironmentConfig, source: Path) -> Staged:
     return Staged(file, f"{source.name}-{state.st_mtime_ns:x}-{state.st_size:x}")
 
 
-def _program(environment: EnvironmentConfig, source: str, gpus: bool) -> list[str]:
+def _program(environment: EnvironmentConfig, source: str, mounts: Sequence[Path], gpus: bool) -> list[str]:
     if environment.kind == "venv":
         return [f"{source}/bin/python", *MODULE]
     if environment.kind == "pyxis":
         return [environment.python, *MODULE]
-    binds = [word for mount in environment.mounts for word in ("--bind", str(mount))]
-    return ["apptainer", "exec", *(["--nv"] if gpus else []), *binds, source, environment.python, *MODULE]
+    binds = [word for mount in _mountable(mounts) for word in ("--bind", mount)]
+    options = [*(["--nv"] if gpus else []), *binds, "--pwd", str(Path.cwd())]
+    return ["apptainer", "exec", *options, source, environment.python, *MODULE]
 
 
-def _container(environment: EnvironmentConfig) -> list[str]:
+def _container(environment: EnvironmentConfig, mounts: Sequence[Path]) -> list[str]:
     """srun's options that start an image by enroot/pyxis."""
     if environment.kind != "pyxis":
         return []
-    mounts = ",".join(f"{mount}:{mount}" for mount in environment.mounts)
-    return [f"--container-image={_source(environment)}", *([f"--container-mounts={mounts}"] if mounts else [])]
+    seen = ",".join(f"{mount}:{mount}" for mount in _mountable(mounts))
+    return [
+        f"--container-image={_source(environment)}",
+        f"--container-mounts={seen}",
+        f"--container-workdir={Path.cwd()}",
+    ]
+
+
+def _mountable(mounts: Sequence[Path]) -> list[str]:
+    """
+    Raises:
+        UserError: apptainer or pyxis would take a part of a name for something else.
+    """
+    wrong = [str(mount) for mount in mounts if any(sign in str(mount) for sign in ":,")]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: a colon or comma cannot be in a folder that an image sees; rename it")
+    return [str(mount) for mount in mounts]
 
 
 def _job_name(run_dir: Path) -> str:

@@ -13,11 +13,16 @@ _NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 SECONDS = 60.0  # a controller that does not answer
 
 
+class NoAnswerError(UserError):
+    """SLURM's controller did not answer in time; what it was asked may be done or not."""
+
+
 def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one of SLURM's programs.
 
     Raises:
-        UserError: it is not there, or does not answer.
+        UserError: it is not there.
+        NoAnswerError: it was too late.
     """
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")
     environment = {
@@ -33,7 +38,7 @@ def call(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
             "with torchrun on each machine"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{program}: SLURM's controller does not answer; try again later") from None
+        raise NoAnswerError(f"{program}: SLURM's controller does not answer; try again later") from None
 
 
 def sbatch(script: Path, dependency: str | None = None) -> int:
@@ -41,6 +46,7 @@ def sbatch(script: Path, dependency: str | None = None) -> int:
 
     Raises:
         UserError: SLURM refuses it.
+        NoAnswerError: it may be queued, or not.
     """
     # Else a job whose dependency has failed would wait for ever.
     after = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
@@ -50,8 +56,38 @@ def sbatch(script: Path, dependency: str | None = None) -> int:
             line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines() if line.strip()
         ]
         reason = told[-1].removeprefix("Batch job submission failed: ") if told else f"exit code {done.returncode}"
+        if "contact" in reason or "onnection" in reason:
+            raise UserError(f"sbatch: {reason}; SLURM's controller cannot be reached from here now: try again later")
         raise UserError(f"SLURM refuses the job: {reason}{_hint(reason)}")
     return int(done.stdout.strip().partition(";")[0])
+
+
+def check_nodes(partition: str | None, nodes: int) -> None:
+    """A job that wants more nodes than its partition has would wait for ever: SLURM takes it.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    found: dict[str, int] = {}
+    default = None
+    for line in call("sinfo", "--noheader", "--format=%P|%D").stdout.splitlines():
+        name, _, count = line.strip().partition("|")
+        default = name.removesuffix("*") if name.endswith("*") else default
+        found[name.removesuffix("*")] = found.get(name.removesuffix("*"), 0) + int(count)
+    names = (partition or default or "").split(",")
+    if all(name in found for name in names) and (most := max(found[name] for name in names)) < nodes:
+        raise UserError(
+            f"{nodes} nodes are asked for, spares included, but partition {','.join(names)} has {most}: the job would "
+            "wait for ever; give fewer --nodes, or another cluster.slurm.partition"
+        )
+
+
+def cancel(job: int) -> None:
+    """
+    Raises:
+        UserError: there is no SLURM.
+    """
+    call("scancel", str(job))
 
 
 def _hint(reason: str) -> str:

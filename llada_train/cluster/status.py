@@ -18,7 +18,7 @@ from llada_train.training.metrics import METRICS_FILE
 
 SILENT_SECONDS = 120.0  # at least, and some steps: then a heartbeat is late
 TAIL_BYTES = 1 << 18
-AT_WORK = ("starting", "training", "silent")  # states
+AT_WORK = ("starting", "training", "validating", "saving", "silent")  # states
 
 Json = dict[str, Any]
 
@@ -28,9 +28,7 @@ class Status:
     """Times in seconds; None: not known (yet)."""
 
     run: str
-    state: (
-        str  # never started, training, silent, complete, stopped, …; of a run without a heartbeat as the history says
-    )
+    state: str  # never started, one of AT_WORK, broke off, complete, stopped, …: how it ended
     jobs: dict[int, str]  # those that wait or run, as SLURM says
     step: int | None
     consumed_samples: int | None
@@ -136,11 +134,16 @@ def _state(history: Sequence[Json], beat: Json | None, train: Json | None, now: 
             return str(event["outcome"])
         if event["event"] == "gave_up":
             return "gave up: too many starts without a new checkpoint"
+        if event["event"] == "requeue_refused":
+            return "ended: SLURM would not queue it again"
         if event["event"] == "job_ended" and event["code"]:
             return str(event["meaning"])
         if event["event"] == "started" and beat is not None:
-            patience = max(SILENT_SECONDS, 10 * train["step_seconds"] if train else 0.0)
-            return "training" if now - beat["time"] < patience else "silent"
+            silent, step = now - beat["time"], 10 * train["step_seconds"] if train else 0.0
+            if silent > beat["hang_timeout_seconds"] + SILENT_SECONDS:  # it would have ended itself
+                return "broke off"
+            training = beat["doing"] == "training"
+            return "silent" if training and silent > max(SILENT_SECONDS, step) else str(beat["doing"])
         if event["event"] == "attempt":
             return "starting"
     return "never started"

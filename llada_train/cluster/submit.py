@@ -2,17 +2,18 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from llada_train.checkpoint.store import FOLDER, whole_checkpoints
+from llada_train.checkpoint.store import FOLDER, newest_manifest, whole_checkpoints
 from llada_train.cluster import slurm
-from llada_train.cluster.render import PART, array_script, module_command, pretrain_script
+from llada_train.cluster.render import PART, array_script, folders_of, module_command, pretrain_script
 from llada_train.config.cluster import ClusterConfig
 from llada_train.config.errors import UserError
-from llada_train.config.load import load, save_config
+from llada_train.config.load import load, load_config, save_config
 from llada_train.training.journal import note, read_history
 from llada_train.training.preflight import check_content, open_inputs
 
@@ -32,10 +33,11 @@ def load_cluster(path: Path, overrides: Sequence[str]) -> tuple[ClusterConfig, l
 
 @dataclass(frozen=True)
 class Files:
-    """What a submission consists of: the script, and what it reads, by name."""
+    """What a submission consists of: the script, the site's facts, and what else it reads, by name."""
 
     folder: Path
     script: str
+    cluster: ClusterConfig
     others: Mapping[str, BaseModel | str]
 
     def write(self) -> Path:
@@ -46,7 +48,7 @@ class Files:
         """
         try:
             self.folder.mkdir(parents=True)
-            for name, content in self.others.items():
+            for name, content in {"cluster.yaml": self.cluster, **self.others}.items():
                 if isinstance(content, str):
                     (self.folder / name).write_text(content, encoding="utf-8")
                 else:
@@ -57,23 +59,40 @@ class Files:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror}; give another place for it") from None
         return script
 
+    def remove(self) -> None:
+        """As if it had never been written."""
+        shutil.rmtree(self.folder)
+        with suppress(OSError):  # they are not empty
+            self.folder.parent.rmdir()
+            self.folder.parents[1].rmdir()
+
 
 def prepare(
-    config_file: Path, overrides: Sequence[str], cluster_file: Path, nodes: int, accept_config_changes: bool, chain: int
+    config_file: Path,
+    overrides: Sequence[str],
+    cluster_file: Path,
+    nodes: int,
+    accept_config_changes: bool,
+    chain: int,
+    look_at_data: bool = True,
 ) -> Files:
     """Check the run as its processes will, and render its script; nothing is written.
+
+    Args:
+        look_at_data: False: only at config and site, so that the script can be seen before there is a corpus.
 
     Raises:
         UserError: config, data, run folder, or the site's facts are at fault.
     """
     cluster, recipe = load_cluster(cluster_file, overrides)
-    inputs = open_inputs(config_file, recipe, nodes * cluster.node.tasks, accept_config_changes)
-    check_content(inputs)
-    config = inputs.config
+    processes = nodes * cluster.node.tasks
+    config = load_config(config_file, recipe, processes)
+    if look_at_data:
+        check_content(open_inputs(config_file, recipe, processes, accept_config_changes))
     folder = _next_folder(config.run_dir.absolute() / SUBMISSIONS)
     flags = ["--accept-config-changes"] if accept_config_changes else []
-    script = pretrain_script(cluster, folder, config.run_dir, nodes, chain == 1, flags)
-    return Files(folder, script, {"config.yaml": config, "cluster.yaml": cluster})
+    script = pretrain_script(cluster, folder, config.run_dir, nodes, chain == 1, folders_of(config), flags)
+    return Files(folder, script, cluster, {"config.yaml": config})
 
 
 def _next_folder(parent: Path) -> Path:
@@ -92,19 +111,26 @@ def submit(files: Files, nodes: int, chain: int) -> list[int]:
     if alive := slurm.states(known):
         job, state = next(iter(alive.items()))
         raise UserError(f"{run_dir}: job {job} of this run is {state}; wait for it, or cancel it first: scancel {job}")
-    new_run = not run_dir.exists()
+    slurm.check_nodes(files.cluster.slurm.partition, nodes + files.cluster.spares)
     script = files.write()
     jobs: list[int] = []
+    refusal: UserError | None = None
     try:
         for _ in range(chain):
             jobs.append(slurm.sbatch(script, f"afterany:{jobs[-1]}" if jobs else None))
-    except UserError:
+    except slurm.NoAnswerError:
+        refusal = UserError(
+            f"sbatch: SLURM's controller did not answer, and may have taken the job or not: look with `squeue --me`. "
+            f"If it has not: sbatch {script}"
+        )
+    except UserError as error:
         if not jobs:
-            shutil.rmtree(run_dir if new_run else files.folder)
+            files.remove()
             raise
+        refusal = UserError(f"SLURM took {len(jobs)} of {chain} jobs, {', '.join(map(str, jobs))}, then: {error}")
     note(run_dir, "submitted", jobs=jobs, nodes=nodes, folder=str(files.folder))
-    if len(jobs) < chain:
-        raise UserError(f"SLURM took {len(jobs)} of {chain} jobs: {', '.join(map(str, jobs))}")
+    if refusal is not None:
+        raise refusal
     return jobs
 
 
@@ -119,13 +145,14 @@ def tokenize_array(
     missing = [str(path) for path in (*inputs, tokenizer) if not path.exists()]
     if missing:
         raise UserError(f"no such file or folder: {', '.join(missing)}")
-    data = module_command(cluster, "data_tools.cli")
+    mounts = [Path.cwd(), output.parent, *(path if path.is_dir() else path.parent for path in (*inputs, tokenizer))]
+    data = module_command(cluster, "data_tools.cli", mounts)
     what = [*map(str, inputs), "--tokenizer", str(tokenizer), "--output", str(output), *options]
     folder = _next_folder(output.absolute().with_name(f"{output.name}.slurm"))
     parts = [f"{i}/{shards}" for i in range(shards)]
     return (
-        _array(cluster, folder, "tokenize", parts, [*data, "tokenize", *what, "--shard", PART]),
-        _array(cluster, folder / "merge", "merge", [str(output)], [*data, "merge", PART]),
+        _array(cluster, folder, "tokenize", parts, [*data, "tokenize", *what, "--shard", PART], mounts),
+        _array(cluster, folder / "merge", "merge", [str(output)], [*data, "merge", PART], mounts),
     )
 
 
@@ -139,13 +166,25 @@ def evaluate_array(cluster: ClusterConfig, run: Path) -> Files:
     if not parts:
         raise UserError(f"{run}: has no checkpoint to evaluate")
     folder = _next_folder(run.absolute() / "evaluations")
-    command = [*module_command(cluster, "llada_train.cli"), "evaluate", f"{run.absolute() / FOLDER}/{PART}"]
-    return _array(cluster, folder, "evaluate", parts, [*command, "--output", f"{folder}/{PART}.json"])
+    newest = newest_manifest(run / FOLDER)
+    assert newest is not None
+    mounts = folders_of(newest[1].config)
+    program = module_command(cluster, "llada_train.cli", mounts, gpu=True)
+    command = [*program, "evaluate", f"{run.absolute() / FOLDER}/{PART}", "--output", f"{folder}/{PART}.json"]
+    return _array(cluster, folder, "evaluate", parts, command, mounts, gpu=True)
 
 
-def _array(cluster: ClusterConfig, folder: Path, name: str, parts: Sequence[str], command: Sequence[str]) -> Files:
-    script = array_script(cluster, folder, name, len(parts), command)
-    return Files(folder, script, {"parts": "".join(f"{part}\n" for part in parts)})
+def _array(
+    cluster: ClusterConfig,
+    folder: Path,
+    name: str,
+    parts: Sequence[str],
+    command: Sequence[str],
+    mounts: Sequence[Path],
+    gpu: bool = False,
+) -> Files:
+    script = array_script(cluster, folder, name, len(parts), command, mounts, gpu)
+    return Files(folder, script, cluster, {"parts": "".join(f"{part}\n" for part in parts)})
 
 
 def submit_array(files: Files, dependency: str | None = None) -> int:
@@ -157,6 +196,22 @@ def submit_array(files: Files, dependency: str | None = None) -> int:
     script = files.write()
     try:
         return slurm.sbatch(script, dependency)
+    except slurm.NoAnswerError:
+        raise
     except UserError:
-        shutil.rmtree(files.folder)
+        files.remove()
+        raise
+
+
+def submit_arrays(first: Files, then: Files) -> tuple[int, int]:
+    """Submit an array and the job that makes one whole of its parts; returns their ids.
+
+    Raises:
+        UserError: SLURM refuses one of them; neither is left behind.
+    """
+    job = submit_array(first)
+    try:
+        return job, submit_array(then, f"afterok:{job}")
+    except UserError:
+        slurm.cancel(job)
         raise

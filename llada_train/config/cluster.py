@@ -1,5 +1,6 @@
 """A site's own facts: its SLURM, its nodes, its environment. Nothing here changes what a run computes."""
 
+import getpass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,7 +86,9 @@ class EnvironmentConfig(Section):
         default=None, description="of the environment or image; none: the virtual environment that submits"
     )
     python: OneLine = Field(default="python", description="in an image: its Python, with llada_train installed")
-    mounts: list[Path] = Field(default=[], description="folders that an image sees under their own names")
+    mounts: list[Path] = Field(
+        default=[], description="folders that an image sees under their own names, beyond those that a run names"
+    )
     modules: list[Word] = Field(default=[], description="`module load` each of these first")
     stage: bool = Field(
         default=False,
@@ -108,6 +111,7 @@ class HealthConfig(Section):
     share_of_median: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.85, description="a GPU or link that does less than this share of the median is at fault"
     )
+    exclude_hours: PositiveFloat = Field(default=24.0, description="how long a node that was left out is not asked for")
     min_matmul_tflops: PositiveFloat | None = Field(default=None, description="bf16, of each GPU")
     min_memory_gb_per_second: PositiveFloat | None = Field(default=None, description="of each GPU")
     min_disk_mb_per_second: PositiveFloat | None = Field(default=None, description="writing to local_scratch")
@@ -125,3 +129,8 @@ class ClusterConfig(Section):
     )
     local_scratch: Path = Field(default=Path("/tmp"), description="a folder on each node's own disk")
     health: HealthConfig = HealthConfig()
+
+    @property
+    def scratch(self) -> Path:
+        """This user's own folder on a node's disk: compilers' caches, staged environments. What is in it is run."""
+        return self.local_scratch / f"llada-train-{getpass.getuser()}"

@@ -34,6 +34,8 @@ Record = dict[str, Any]
 def note(run_dir: Path, event: str, **values: Any) -> None:
     """Add a line to the history of a run; in one write, so that lines of several processes do not mix.
 
+    After a line that a full disk cut off, the new one begins on a line of its own.
+
     Raises:
         UserError: it cannot be written.
     """
@@ -41,7 +43,10 @@ def note(run_dir: Path, event: str, **values: Any) -> None:
     line = json.dumps({"event": event, "time": now, **values}, ensure_ascii=False) + "\n"
     path = run_dir / HISTORY_FILE
     try:
-        with path.open("ab", buffering=0) as file:
+        with path.open("a+b", buffering=0) as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
             file.write(line.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; mend the folder's permissions") from None
@@ -90,9 +95,10 @@ class StartTimes:
 class Journal:
     """Rank 0's. What cannot be written once the run is at work is passed over: it ends no run."""
 
-    def __init__(self, run_dir: Path, start: StartTimes) -> None:
+    def __init__(self, run_dir: Path, start: StartTimes, hang_timeout_seconds: float) -> None:
+        """`hang_timeout_seconds`: without a sign of life for so long, the run is no longer at work."""
         self._run_dir, self._start, self._steps = run_dir, start, 0
-        self._last_beat = 0.0
+        self._last_beat, self._doing, self._patience = 0.0, "training", hang_timeout_seconds
         self._slow_reports: Counter[int] = Counter()
         self._place: Record = {
             "job": int(job) if (job := os.environ.get("SLURM_JOB_ID", "")).isdecimal() else None,
@@ -128,11 +134,17 @@ class Journal:
             with suppress(UserError):
                 note(self._run_dir, "first_step", **self._place, seconds=self._start.seconds())
         self._steps += 1
-        if self._steps > 2 and time.monotonic() - self._last_beat < HEARTBEAT_SECONDS:
+        self.doing("training", progress, tokens)
+
+    def doing(self, what: str, progress: Progress, tokens: int) -> None:
+        """What begins now: "training", "validating", "saving"."""
+        known = self._steps > 2 and what == self._doing
+        if known and time.monotonic() - self._last_beat < HEARTBEAT_SECONDS:
             return
-        self._last_beat = time.monotonic()
+        self._last_beat, self._doing = time.monotonic(), what
         times = {"time": time.time(), "began": self._began, "end_tokens": self._end_tokens}
-        _replace(self._run_dir / HEARTBEAT_FILE, {**times, **self._place, **_reached(progress, tokens)})
+        state = {"doing": what, "hang_timeout_seconds": self._patience, **times, **self._place}
+        _replace(self._run_dir / HEARTBEAT_FILE, {**state, **_reached(progress, tokens)})
 
     def ranks(self, step: int, seconds: Sequence[Sequence[float]]) -> str | None:
         """Record each rank's own (computing, waiting for data) seconds per step; what to tell of stragglers, if new.

@@ -95,8 +95,10 @@ class Trainer:
         except UserError:  # on all ranks
             self.writer.settle()
             raise
-        self.watchdog.beat(f"saving after step {self.progress.step}")
+        self._doing("saving")
         self.writer.save(self.progress)
+        if outcome is _Outcome.STOPPED and self._due(self.config.validation.interval_steps):
+            self._validate()  # after the save, for which there may be little time
         return outcome is _Outcome.COMPLETE
 
     def _train(self) -> _Outcome:
@@ -125,14 +127,20 @@ class Trainer:
                 if interval.steps and (stopping or self._due(config.logging.interval_steps)):
                     self._report(interval)
                     interval = _Interval()
-                if self._due(config.validation.interval_steps):
-                    self._validate()
                 if stopping and not self._complete():
                     return _Outcome.STOPPED
+                if self._due(config.validation.interval_steps):
+                    self._validate()
                 if self._due(config.checkpoint.interval_steps) and not self._complete():
-                    self.watchdog.beat(f"saving after step {self.progress.step}")
+                    self._doing("saving")
                     self.writer.start(self.progress)
         return _Outcome.COMPLETE
+
+    def _doing(self, what: str) -> None:
+        """Something other than a step begins, which may take long."""
+        self.watchdog.beat(f"{what} after step {self.progress.step}")
+        if self.journal is not None:
+            self.journal.doing(what, self.progress, self._tokens())
 
     def _too_many_refused(self, batch: GlobalBatch, step: Step) -> bool:
         """Count the step, applied or not: were the last ones refused, and too many?"""
@@ -235,7 +243,7 @@ class Trainer:
     def _validate(self) -> None:
         if not self.validation.batches:
             return
-        self.watchdog.beat(f"validation after step {self.progress.step}")
+        self._doing("validating")
         bounds = self.engine.evaluate(self.validation.batches, len(self.validation.t)).numpy()
         bound = float(bounds.mean())
         if not math.isfinite(bound):

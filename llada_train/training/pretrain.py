@@ -69,7 +69,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
                 if progress.step == 0 or run.accepted_changes:
                     print("\n".join(plan_lines(ours.plan)), flush=True)
                 log = MetricsLog(run.path, progress.step, end_tokens)
-                journal = Journal(run.path, start)
+                journal = Journal(run.path, start, config.training.hang_timeout_seconds)
                 tokens = timeline.tokens(progress.consumed_samples)
                 journal.started(progress, tokens, end_tokens, hosts, topology.device_name(here.device))
         trainer = Trainer(
@@ -89,13 +89,14 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
         start.now("first_step")
         with journal.telling_the_end(trainer.reached) if journal is not None else nullcontext():
             complete = trainer.train()
-        if log is not None:
-            log.close()
-            _draw_curves(run.path)
-            if not complete:
-                saved = checkpoints(run.checkpoints)[-1]
-                step = trainer.progress.step
-                print(f"stopped by a signal after step {step:,}; checkpoint {saved}; run the same command to go on")
+        with here.failing_together():  # all wait: a launcher that sees the others end gives this one a minute
+            if log is not None:
+                log.close()
+                _draw_curves(run.path)
+                if not complete:
+                    saved = checkpoints(run.checkpoints)[-1]
+                    step = trainer.progress.step
+                    print(f"stopped by a signal after step {step:,}; checkpoint {saved}; run the same command to go on")
         stop.ignore()
     finally:
         topology.shutdown()

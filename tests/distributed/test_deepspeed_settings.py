@@ -37,3 +37,12 @@ def test_gradients_travel_as_the_settings_say(
         if "reduce_bucket_size" in parallel:
             assert found.largest <= EMBEDDING < parameters
         assert (found.overlaps, found.offloads) == (overlaps, offloads)
+
+
+def test_weights_are_gathered_ahead_several_at_a_time(make_config: Callable[..., Path]) -> None:
+    config = make_config(training__precision="bf16", training__micro_batch_size=8, training__recompute="selective")
+    ahead, one_by_one = (
+        processes.run(2, of_one_step, config, [f"parallel={{zero_stage: 3, prefetch_bucket_size: {size}}}"])[0].gathers
+        for size in (50_000_000, 0)
+    )
+    assert 0 < ahead < one_by_one / 2

@@ -57,3 +57,16 @@ def test_documents_attend_to_themselves_in_any_layout(matrices: dict[str, Matrix
     matrix = matrices["fp32"]
     layout = Layout(tensor_parallel=2, pipeline_parallel=2, context_parallel=2, sequence_parallel=True)
     matrix.check(matrix.run(layout, "data.rows=document_attention"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [
+        ("fp32", Layout(tensor_parallel=2, sequence_parallel=True)),
+        ("bf16", Layout(tensor_parallel=2, data_parallel=2, zero_stage=3)),
+    ],
+)
+def test_the_head_may_work_in_pieces(matrices: dict[str, Matrix], kind: str, split: Layout) -> None:
+    """Logits that are more than memory is to hold; against one process that has them whole."""
+    matrix = matrices[kind]
+    matrix.check(matrix.run(split, fault="head_in_pieces"))

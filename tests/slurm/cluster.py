@@ -287,7 +287,7 @@ class SubmittedRun:
     def over(self) -> bool:
         """Has the job ended for good? (One that is queued again is FAILED for a moment.)"""
         ends = [event for event in self.events("job_ended") if event["job"] == self.job]
-        return any(not event["requeued"] for event in ends) and self.cluster.job(self.job, "JobState") in ENDED
+        return any(not event["requeue"] for event in ends) and self.cluster.job(self.job, "JobState") in ENDED
 
     def end(self) -> str:
         """Wait until the job has ended for good; its state."""

@@ -74,8 +74,9 @@ def test_time_limit_preemption_cancellation(
     assert refused.returncode == 2 and f"job {run.job} of this run is" in refused.stderr
 
     processes = run.held(restart=0)
-    slurm.run("scancel", "--signal=USR1", "--batch", run.job)  # what SLURM sends before the time limit
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=2")  # SLURM signals a minute before
     run.signalled(processes, signal.SIGUSR1)
+    slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     run.held(restart=1)  # SLURM wakes whom it ends
     urgent = slurm.output(
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true"
@@ -85,7 +86,7 @@ def test_time_limit_preemption_cancellation(
     slurm.run("scancel", run.job)
     assert run.end() == "CANCELLED"
     assert 0 < saved_step(run.folder) == last_step(run.folder) < STEPS
-    ends = [(e["restart"], e["meaning"], e["requeued"]) for e in run.events("job_ended")]
+    ends = [(e["restart"], e["meaning"], e["requeue"]) for e in run.events("job_ended")]
     assert ends == [(i, "stopped by a signal", i < 2) for i in range(3)]
     assert [e["restart"] for e in run.events("started")] == [0, 1, 2]  # SLURM_RESTART_COUNT
     steps = [e["step"] for e in run.events("ended")]
@@ -111,7 +112,7 @@ def test_a_hang_and_a_node_that_dies(
     run.held(restart=1)
     assert "no progress for" in (attempt / "rank-0.log").read_text()
     assert json.loads((attempt / "flight-recorder-0.json").read_text())["entries"]
-    assert [e["meaning"] for e in run.events("job_ended")] == ["hung"] and run.events("job_ended")[0]["requeued"]
+    assert [e["meaning"] for e in run.events("job_ended")] == ["hung"] and run.events("job_ended")[0]["requeue"]
 
     slurm.kill_node("n2")
     slurm.wait_for(lambda: "down" in slurm.output("sinfo", "-h", "-n", "n2", "-p", "main", "-o", "%T"), 0.5)
@@ -157,7 +158,7 @@ def test_no_progress_no_more_starts(slurm: Cluster, tiny_data: Path, tmp_path: P
         os.kill(process, signal.SIGKILL)
         slurm.wait_for(lambda restart=restart: len(run.events("job_ended")) == restart + 1)
     assert run.end() == "FAILED"
-    assert [e["requeued"] for e in run.events("job_ended")] == [True, False]
+    assert [e["requeue"] for e in run.events("job_ended")] == [True, False]
     # Processes that die of a signal may have died of their node: the second start was on the other one.
     assert len({e["host"] for e in run.events("started")}) == 2 and len(run.status()["left_out"]) == 2
 

@@ -79,6 +79,7 @@ def test_a_node_without_flash_attention_is_told_how_to_get_it(on: Make) -> None:
 def test_a_broken_package_is_told(on: Make, source: str, told: str) -> None:
     found = on(2, torch=("2.13.0", TORCH.format(gpus=2)), flash_attn=("2.8.3", source))
     assert found["attention"].fault and found["attention"].found.startswith("torch's SDPA, since flash-attn 2.8.3 is")
+    assert [one.subject for one in found.values() if one.fault] == ["attention"]
     assert told in found["attention"].found and "pip uninstall flash-attn" in (found["attention"].remedy or "")
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,18 @@ def test_this_machine(tmp_path: Path) -> None:
     assert read_reports(tmp_path / "health") == {report.node: report}
     lost = measure(site.model_copy(update={"local_scratch": tmp_path / "lost"}), tmp_path / "health")
     assert lost.problems == [f"local disk {tmp_path}/lost: No such file or directory"]
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["health", f"{report.node}.json"])
+    left = [site.scratch.name, "health", f"{report.node}.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(left)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")
+def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
+    """What is in it, compiled kernels and a staged environment, is run."""
+    site = ClusterConfig(node=NodeConfig(gpus=0, processes=1), local_scratch=tmp_path)
+    site.scratch.mkdir()
+    os.chown(site.scratch, 12345, -1)
+    (problem,) = measure(site).problems
+    assert problem == f"local disk: {site.scratch} belongs to somebody else, and is not used"
 
 
 @pytest.mark.parametrize(

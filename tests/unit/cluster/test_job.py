@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from llada_train.cluster.health import Report
-from llada_train.cluster.job import EXCLUDED_FILE, Job
-from llada_train.training.journal import note, read_history
+from llada_train.cluster.job import COMPLETE_EXIT_CODE, EXCLUDED_FILE, Job
+from llada_train.training.journal import HISTORY_FILE, note, read_history
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_three_starts_without_a_checkpoint_and_no_more(folder: Path, monkeypatch
     def start(restart: int, code: int) -> tuple[bool, bool]:
         """Did it begin, and is it queued again?"""
         (folder / "job.log").write_text("")
-        return Job(folder, 7, restart).begin(["n1"]), Job(folder, 7, restart).end(code, "RUNNING", True)
+        return Job(folder, 7, restart).begin(["n1"]) == 0, Job(folder, 7, restart).end(code, "RUNNING", True)
 
     assert [start(i, 1) for i in range(2)] == [(True, True)] * 2
     consumed = 100  # the second one saved
@@ -59,15 +60,14 @@ def test_a_node_whose_processes_die_of_a_signal_is_left_out_and_others_are_not(f
     log = folder / "job.log"
     log.write_text(
         "x job 7, restart 0, on n[1-4]\nsrun: error: n4: tasks 24-31: Killed\n"
-        "x job 7, restart 1, on n[1-4]\nsrun: error: n2: tasks 8,10-15: Aborted\nsrun: error: n3: task 16: Killed\n"
+        "x job 7, restart 1, on n[1-4]\nsrun: error: n2: tasks 8,10-15: Bus error\nsrun: error: n3: task 16: Killed\n"
     )
     Job(folder, 7, 1).end(137, "RUNNING", True)
     assert (folder / EXCLUDED_FILE).read_text() == "n2"
-    log.write_text(
-        log.read_text() + "x job 7, restart 2, on n[1-4]\nsrun: error: n1: task 0: Exited with exit code 1\n"
-    )
-    Job(folder, 7, 2).end(1, "RUNNING", True)
-    assert (folder / EXCLUDED_FILE).read_text() == "n2"
+    for restart, told in ((2, "Exited with exit code 1"), (3, "Aborted")):  # NCCL aborts who waits for others
+        log.write_text(log.read_text() + f"x job 7, restart {restart}, on n[1-4]\nsrun: error: n1: task 0: {told}\n")
+        Job(folder, 7, restart).end(1, "RUNNING", True)
+        assert (folder / EXCLUDED_FILE).read_text() == "n2"
     assert [event["nodes"] for event in read_history(folder.parents[1]) if event["event"] == "left_out"] == [
         {"n2": ["its processes died of a signal"]}
     ]
@@ -81,7 +81,7 @@ def test_spares_take_the_place_of_bad_nodes_in_the_order_of_the_job(folder: Path
         (job.attempt / f"health/{host}.json").write_text(json.dumps(asdict(report)))
     assert job.choose_nodes(hosts, need=2, with_links=False)
     assert (job.attempt / "nodes").read_text() == "n1,n4"
-    assert (folder / EXCLUDED_FILE).read_text() == "n2,n3"
+    assert job.end(75, "RUNNING", True) and (folder / EXCLUDED_FILE).read_text() == "n2,n3"
     assert not job.choose_nodes(hosts, need=3, with_links=False)
     assert not job.choose_nodes(hosts, need=2, with_links=True)  # the nodes did not reach each other
 
@@ -89,4 +89,32 @@ def test_spares_take_the_place_of_bad_nodes_in_the_order_of_the_job(folder: Path
 def test_if_no_node_tells_anything_none_is_left_out(folder: Path) -> None:
     job = Job(folder, 7, 0)
     assert not job.choose_nodes(["n1", "n2"], need=1, with_links=False)
-    assert not (folder / EXCLUDED_FILE).exists()
+    assert job.end(4, "RUNNING", True) and (folder / EXCLUDED_FILE).read_text() == ""
+
+
+def test_a_node_that_was_left_out_may_come_back(folder: Path) -> None:
+    """Else a job of weeks has fewer and fewer nodes to be queued for."""
+    job, history = Job(folder, 7, 0), folder.parents[1] / HISTORY_FILE
+    long_ago = datetime.now(UTC) - timedelta(hours=job.cluster.health.exclude_hours + 1)
+    for node, when in (("n1", long_ago), ("n2", datetime.now(UTC))):
+        event = {"event": "left_out", "time": when.isoformat(), "nodes": {node: ["slow"]}, "exclude": True}
+        history.write_text(history.read_text() + json.dumps(event) + "\n")
+    assert job.end(75, "RUNNING", True) and (folder / EXCLUDED_FILE).read_text() == "n2"
+
+
+def test_jobs_of_a_chain_that_are_not_needed_end_at_once(folder: Path) -> None:
+    run = folder.parents[1]
+    assert Job(folder, 7, 0).begin(["n1"]) == 0
+    note(run, "started")
+    note(run, "ended", outcome="complete")
+    assert Job(folder, 8, 0).begin(["n1"]) == COMPLETE_EXIT_CODE
+    note(run, "submitted", jobs=[9], nodes=2)  # perhaps with more tokens
+    assert Job(folder, 9, 0).begin(["n1"]) == 0
+
+
+def test_an_event_after_a_line_that_a_full_disk_cut_off_is_read(folder: Path) -> None:
+    run = folder.parents[1]
+    with (run / HISTORY_FILE).open("a") as file:
+        file.write('{"event": "star')
+    note(run, "started")
+    assert [event["event"] for event in read_history(run)] == ["submitted", "started"]

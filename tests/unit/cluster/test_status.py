@@ -11,6 +11,7 @@ from llada_train.config.errors import UserError
 from llada_train.training.journal import HEARTBEAT_FILE, Journal, StartTimes, note, read_history
 from llada_train.training.metrics import METRICS_FILE
 
+HANG_TIMEOUT = 1800.0
 HOSTS = ["n1"] * 8 + ["n2"] * 8
 
 
@@ -25,12 +26,12 @@ def train_record(**values: Any) -> str:
 
 
 def test_mfu_time_left_and_the_life_of_a_run(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, StartTimes({"queue": time.time() - 60, "imports": time.time() - 20}))
+    journal = Journal(tmp_path, StartTimes({"queue": time.time() - 60, "imports": time.time() - 20}), HANG_TIMEOUT)
     journal.started(progress(0), 0, 5000, HOSTS, "NVIDIA H100 80GB HBM3")
     for step in (1, 2):
         journal.beat(progress(step), step * 10)
     # Killed: nobody says so, and the next start does.
-    journal = Journal(tmp_path, StartTimes({"imports": time.time()}))
+    journal = Journal(tmp_path, StartTimes({"imports": time.time()}), HANG_TIMEOUT)
     journal.started(progress(1), 10, 5000, HOSTS, "NVIDIA H100 80GB HBM3")
     journal.beat(progress(100), 1000)
     journal.beat(progress(101), 1010)  # too soon for the heartbeat
@@ -52,14 +53,17 @@ def test_mfu_time_left_and_the_life_of_a_run(tmp_path: Path) -> None:
     assert rows["speed"] == "100 tokens/s, MFU 40.0%" and rows["processes"] == "16 on n1, n2"
 
     beat = json.loads((tmp_path / HEARTBEAT_FILE).read_text())
-    (tmp_path / HEARTBEAT_FILE).write_text(json.dumps({**beat, "time": beat["time"] - 3600}))
-    assert status(tmp_path).state == "silent"
+    states = {("training", 60): "training", ("training", 600): "silent", ("validating", 600): "validating"}
+    states |= {("saving", 600): "saving", ("validating", 3600): "broke off", ("training", 3600): "broke off"}
+    for (doing, ago), state in states.items():
+        (tmp_path / HEARTBEAT_FILE).write_text(json.dumps({**beat, "doing": doing, "time": beat["time"] - ago}))
+        assert status(tmp_path).state == state
     note(tmp_path, "gave_up", attempts=3)
     assert status(tmp_path).state.startswith("gave up")
 
 
 def test_a_start_that_fails_in_its_first_step_has_done_none(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, StartTimes({"imports": time.time()}))
+    journal = Journal(tmp_path, StartTimes({"imports": time.time()}), HANG_TIMEOUT)
     journal.started(progress(0), 0, 5000, HOSTS, "cpu")
     with pytest.raises(RuntimeError), journal.telling_the_end(lambda: (progress(0), 0, False)):
         raise RuntimeError("out of memory")
@@ -68,7 +72,7 @@ def test_a_start_that_fails_in_its_first_step_has_done_none(tmp_path: Path) -> N
 
 
 def test_stragglers_are_named(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, StartTimes({"imports": time.time()}))
+    journal = Journal(tmp_path, StartTimes({"imports": time.time()}), HANG_TIMEOUT)
     journal.started(progress(0), 0, 5000, HOSTS, "cpu")
     assert journal.ranks(10, [(0.5 + i / 1000, 0.0) for i in range(16)]) is None
     *before, told, after = [journal.ranks(20, [(0.5, 0.3 if i == 9 else 0.0) for i in range(16)]) for _ in range(6)]

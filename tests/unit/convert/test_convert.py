@@ -409,9 +409,7 @@ def test_memory_holds_pieces_of_tensors(tokenizer: Path, tmp_path: Path, monkeyp
         child = fork.Process(target=peak, args=(work, results))
         child.start()
         child.join()
-        assert (
-            results.get() < 64 * 2**20
-        )  # buffers and what the interpreter loads (20 to 30 MB): half of one of the two
+        assert results.get() < 64 * 2**20  # buffers and the interpreter (20 to 30 MB): half of one of them
 
 
 class ToyConfig(LLaDAConfig):
