@@ -17,7 +17,8 @@ def load_plain(path: Path) -> tuple[LLaDAModelLM, Tokenizer]:
         UserError: it is none of them, or damaged.
     """
     if is_hf_folder(path):
-        with HfWeights(path) as weights:
-            return plain_model(weights, weights.model), Tokenizer.load(path)
+        tokenizer = Tokenizer.load(path)
+        with HfWeights(path, tokenizer=tokenizer) as weights:
+            return plain_model(weights, weights.model), tokenizer
     with open_verified(path) as checkpoint:
         return plain_model(checkpoint, checkpoint.model), Tokenizer.load(checkpoint.tokenizer)

@@ -58,15 +58,8 @@ def plan(
         keep = {text.partition("=")[0] for text in overrides or []}
         found = find(load_config(config, overrides or []), machine, mfu, write_rate * 1e9, keep)
         if as_json:
-            typer.echo(
-                json.dumps(
-                    {
-                        "layouts": found.layouts,
-                        "fitting": len(found.fitting),
-                        "best": [plan_as_json(p) for p in found.best],
-                    }
-                )
-            )
+            best = [plan_as_json(one) for one in found.best]
+            typer.echo(json.dumps({"layouts": found.layouts, "fitting": len(found.fitting), "best": best}, indent=2))
         else:
             _print_search(found, machine)
         raise typer.Exit(int(not found.fitting))
@@ -75,7 +68,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(plan_as_json(one), indent=2))
     else:
-        others = find(checked, machine, mfu, write_rate * 1e9).fitting if not one.fits else []
+        others = find(checked, machine, mfu, write_rate * 1e9).best if not one.fits else []
         _print_plan(one, others)
     raise typer.Exit(int(not one.fits))
 

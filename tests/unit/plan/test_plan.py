@@ -124,6 +124,26 @@ def test_what_is_found_is_legal_fits_and_is_ranked() -> None:
         assert not cross_section_problems(one.config) and not check_world_size(one.config, 256)
         assert one.memory[one.fullest].total <= H800S.chip.memory_bytes
         assert one.config.parallel.pipeline_parallel == 1 == one.config.parallel.zero_stage
+    assert found.best[0] is found.fitting[0]
+    assert len({(one.config.parallel.tensor_parallel, one.config.parallel.context_parallel) for one in found.best}) == (
+        len(found.best)
+    )
+
+
+def test_searched_layouts_as_a_table_and_as_json() -> None:
+    arguments = [CONFIG, "--nodes", 4, "--gpu", "h200", "--search", "parallel.tensor_parallel=1"]
+    pinned = [*arguments, "parallel.pipeline_parallel=1", "parallel.context_parallel=1"]
+    code, output = run(*pinned, "--json")
+    told = json.loads(output)
+    assert code == 0 and told["layouts"] >= told["fitting"] >= len(told["best"]) == 3  # ZeRO stages
+    assert {one["layout"]["tensor_parallel"] for one in told["best"]} == {1}
+    assert f"{told['fitting']:,} of {told['layouts']:,}" in run(*pinned)[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_fits_a_node_of_h100s_somehow(path: Path) -> None:
+    found = search(load_config(path), Machine("h100", chip_called("h100"), 1, 8), None, 1e10)
+    assert found.fitting and all(one.fits and one.gpu_hours > 0 for one in found.best)
 
 
 def test_the_command_says_what_does_not_fit_and_what_would() -> None:
