@@ -10,6 +10,8 @@ from itertools import accumulate
 
 from llada_train.config.schema import ModelConfig
 
+# Logits that the head holds at once: 1 GiB of fp32. More of them are made in pieces, and once more in backward.
+CHUNK = 1 << 28
 # The kinds of fp32 state that a run keeps of each tensor; the moments have Adam's own names.
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 

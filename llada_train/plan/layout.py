@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.place import MASKED_MULTIPLE
-from llada_train.model.sizes import layers_of_stages, stage_of, tensor_specs
+from llada_train.model.sizes import CHUNK, layers_of_stages, stage_of, tensor_specs
 from llada_train.plan.chips import GPUS_PER_NODE
 
 
@@ -97,6 +97,20 @@ class Layout:
     def masked_positions(self) -> int:
         """That the head sees of a micro-batch in which every token is masked."""
         return math.ceil(self.tokens / MASKED_MULTIPLE) * MASKED_MULTIPLE
+
+    @cached_property
+    def head_rows(self) -> int:
+        """Of the head's weights on one rank."""
+        return self.config.model.padded_vocab_size // self.config.parallel.tensor_parallel
+
+    @cached_property
+    def logits_at_once(self) -> int:
+        """With every token masked, elements (llada_train/model/head.py)."""
+        return min(self.masked_positions, max(1, CHUNK // self.head_rows)) * self.head_rows
+
+    @cached_property
+    def head_pieces(self) -> int:
+        return math.ceil(self.masked_positions * self.head_rows / self.logits_at_once)
 
     @cached_property
     def residual_tokens(self) -> int:

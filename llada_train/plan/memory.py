@@ -148,14 +148,21 @@ def masked_rows(layout: Layout) -> int:
 
 
 def logits_kept(layout: Layout) -> int:
-    """The fp32 softmax of every position, which the head keeps for backward."""
-    rows = layout.config.model.padded_vocab_size // layout.config.parallel.tensor_parallel
-    return FP32 * layout.masked_positions * rows
+    """The fp32 softmax of every position, which the head keeps for backward if it is made in one piece."""
+    return 0 if layout.head_pieces > 1 else FP32 * layout.logits_at_once
 
 
 def logits_at_peak(layout: Layout) -> int:
-    """While the head makes them, or their gradient: fp32 beside those of the model's precision."""
-    return logits_kept(layout) // FP32 * (FP32 + layout.element_bytes)
+    """While the head makes them, and the gradients of its input and weights (llada_train/model/head.py).
+
+    In one piece: fp32 beside those of the model's precision, or beside their gradient and the weights', twice. In
+    pieces: the piece before is still there, as fp32 and as a gradient; the weights' gradient is summed up in fp32.
+    """
+    e, at_once = layout.element_bytes, layout.logits_at_once
+    weight = layout.config.model.hidden_size * layout.head_rows
+    if layout.head_pieces == 1:
+        return (FP32 + e) * at_once + 2 * e * weight
+    return 2 * (FP32 + e) * at_once + FP32 * weight
 
 
 def gathered_sequence(layout: Layout) -> int:

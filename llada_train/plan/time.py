@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llada_train.config.schema import ModelConfig
 from llada_train.plan.chips import Chip
-from llada_train.plan.flops import flops_per_token, mean_masked_share
+from llada_train.plan.flops import flops_per_token, head_made_again, mean_masked_share
 from llada_train.plan.layout import Holding, Layout, padded
 from llada_train.plan.memory import FP32
 from llada_train.plan.traffic import Behind, seconds, traffic
@@ -106,17 +106,20 @@ def _passes(layout: Layout, holding: Holding, chip: Chip) -> tuple[Pass, Pass]:
     memory = MEMORY_REACHES * chip.memory_rate
     other_forward, other_backward = _bytes_of_a_layer(layout)
     logits = masked * model.padded_vocab_size / tp
+    again = head_made_again(config, layout.sequence_length)
     once = Pass(
         products=layers / products,
         attention=4 * scores / (ATTENTION_FORWARD_REACHES * peak),
         other=holding.layers * other_forward / memory,
     )
-    # Difference from the highest logit, maximum, exponential, sum, quotient: 2+4, 2, 4+4, 4, 4+4 bytes.
+    # Difference from the highest logit, maximum, exponential, sum, quotient: 2+4, 2, 4+4, 4, 4+4 bytes. Backward: a
+    # product (4+4) and a conversion (4+2), after a difference (2+4) and an exponential (4+4) where they are made again.
     forward = once + Pass(products=head / products, other=28 * logits / memory)
     backward = Pass(
-        products=2 * (layers + head) / products,
+        products=(2 * layers + (3 if again else 2) * head) / products,
         attention=10 * scores / (ATTENTION_BACKWARD_REACHES * peak),
-        other=(holding.layers * other_backward + 14 * logits + _gradient_bytes(layout, holding)) / memory,
+        other=(holding.layers * other_backward + (28 if again else 14) * logits + _gradient_bytes(layout, holding))
+        / memory,
     )
     if recompute == "full":
         backward += once

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from llada_train.config.schema import Config, ModelConfig, ParallelConfig
 from llada_train.data.batch import Batch
-from llada_train.model import norm
+from llada_train.model import head, norm
 from llada_train.model.sizes import parameter_count
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.parallel import topology
-from llada_train.plan import memory
+from llada_train.plan import flops, memory
+from llada_train.plan import layout as layout_module
 from llada_train.plan.flops import flops_per_token, hardware_flops_per_token, mean_masked_share
 from llada_train.plan.layout import Layout
 
@@ -39,8 +40,8 @@ LLADA_8B_SHAPED = {
     "vocab_size": 126464,
 }
 LLADA_8B = ModelConfig(**{**LLADA_8B_SHAPED, "num_layers": 32})
-# Positions and targets of what is masked, int64, and whether each is this rank's: what the formulae leave out.
-INDEX_BYTES = 26
+# What the formulae leave out: ids, positions and targets, int64; whether a target is this rank's; both results, fp32.
+INDEX_BYTES = 34
 ATTENTION_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -153,6 +154,17 @@ def test_the_hardware_does_the_flops_that_are_planned(recompute: str, share: int
     config = config_with(SMALL, 2, 64, recompute)
     planned = hardware_flops_per_token(config, 64, 1 / share).total * 2 * 64
     assert counted_flops(config, share) == planned
+
+
+def test_a_head_in_pieces_makes_its_logits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps none of them."""
+    monkeypatch.setattr(head, "CHUNK", 1000)
+    for module in (flops, layout_module):
+        monkeypatch.setattr(module, "CHUNK", 1000)
+    config = config_with(SMALL, 2, 128)
+    assert counted_flops(config, 1) == flops.hardware_flops_per_token(config, 128, 1.0).total * 2 * 128
+    kept, planned = kept_and_planned(config, fused_norm=False)
+    assert kept == pytest.approx(planned, rel=5e-3)
 
 
 def test_model_flops_are_those_of_a_full_head_and_unfused_attention() -> None:

@@ -54,7 +54,8 @@ def test_an_8b_on_one_gpu_by_hand() -> None:
     layer = 28 * 4096 + 4 * 32  # bytes of each token: 14·H elements where F = 3·H; a log-normaliser for each head
     ends = 2 * 4096 + 2 * 4096 + 4 + 2 * 4 * 128  # the last norm's input, the head's, a factor; cos and sin
     assert one.activations == 2 * 4096 * (32 * layer + ends)
-    assert one.logits == 2 * 4096 * 126_464 * 6
+    pieces = 2**28 // 126_464 * 126_464  # the head's, of 1 GiB of fp32: two of them, as fp32 and as gradients in bf16
+    assert one.logits == 2 * pieces * 6 + 126_464 * 4096 * 4  # and its weights' gradient in fp32
 
 
 def test_what_a_stage_and_a_tensor_rank_hold_add_up_to_the_model() -> None:
@@ -78,11 +79,13 @@ def test_zero_divides_what_it_says() -> None:
     assert one.optimizer == two.optimizer == pytest.approx(12 * whole / 256, rel=1e-6)
 
 
-def test_tensor_parallelism_divides_the_logits_and_rows_multiply_them() -> None:
-    half = planned("parallel.tensor_parallel=2", "training.micro_batch_size=2").main.layout
-    whole = planned("training.micro_batch_size=1").main.layout
-    assert logits_kept(half) == logits_kept(whole) == 4096 * 126_464 * 4
-    assert logits_at_peak(whole) == 4096 * 126_464 * 6
+def test_logits_are_kept_while_they_are_few() -> None:
+    """Up to 2**28 of them: 4 ranks have 31,616 of the vocabulary each, of 8,490 positions."""
+    overrides = ["parallel.tensor_parallel=4", "training.micro_batch_size=1"]
+    one, four = planned(*overrides).main.layout, planned(*overrides, "training.micro_batch_size=4").main.layout
+    assert logits_kept(one) == 4096 * 31_616 * 4 and logits_kept(four) == 0
+    assert logits_at_peak(one) == 4096 * 31_616 * 6 + 2 * 2 * 31_616 * 4096
+    assert logits_at_peak(four) == 2 * (2**28 // 31_616 * 31_616) * 6 + 4 * 31_616 * 4096
 
 
 def test_a_schedule_changes_steps_and_memory() -> None:
