@@ -11,11 +11,10 @@ import torch
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch, Segments
-from llada_train.data.place import ALONE, Place
+from llada_train.data.place import ALONE, MASKED_MULTIPLE, Place
 from llada_train.data.timeline import Timeline
 from llada_train.data.training_data import Row, TrainingData
 
-MASKED_MULTIPLE = 256  # few different K keep kernels and allocator blocks few
 SHAPES = 32  # different lengths of an SFT run's micro-batches
 FILLER = -1  # sample_index of a row that only fills a batch up
 
