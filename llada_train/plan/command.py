@@ -41,8 +41,8 @@ def plan(
 ) -> None:
     """What a run would need, before there is any data or GPU: memory by cause, time, traffic; does it fit?
 
-    All by arithmetic from the config and the GPU's data sheet. Exit code 1: it does not fit. Of an SFT run the data sets
-    have to be there, to count epochs by; rows are taken for as long as data.sequence_length, the most that they can be.
+    All by arithmetic from the config and the GPU's data sheet. Exit code 1: it does not fit. Of an SFT run the data
+    sets have to be there, to count epochs by; rows are taken to be as long as data.sequence_length, the most they are.
 
     Example: llada-train plan configs/pretrain/llada_8b.yaml --nodes 32 --gpu h800 --search
     """
