@@ -23,8 +23,9 @@ from llada_train.cluster import slurm
 from llada_train.config.errors import UserError
 
 PROJECT = "llada-train"
-INSTALL = "pip install -e . -c constraints.txt"
-INSTALL_GPU = "pip install --no-build-isolation -e '.[gpu]' -c constraints.txt"
+PIP = "pip install -c constraints.txt"
+INSTALL = f"{PIP} -e ."
+INSTALL_GPU = f"{PIP} -e '.[gpu-build]', then {PIP} --no-build-isolation -e '.[gpu]'"
 MODULES = {"torch": "torch", "flash-attn": "flash_attn", "transformer-engine": "transformer_engine", "apex": "apex"}
 SECONDS = 120.0  # imports from a slow shared disk
 

@@ -45,12 +45,13 @@ def test_dockerfiles_agree_with_the_pins(pins: dict[str, str]) -> None:
     assert f"AS {container['build']['target']}\n" in DOCKERFILES["Dockerfile.cpu"]
 
 
-@pytest.mark.parametrize("extra", ["gpu", "dev"])
-def test_pins_exist_and_resolve_together(pins: dict[str, str], extra: str) -> None:
+@pytest.mark.parametrize("extras", [("gpu", "gpu-build"), ("dev", "s3")], ids="-".join)
+def test_pins_exist_and_resolve_together(pins: dict[str, str], extras: tuple[str, ...]) -> None:
     """For CUDA nodes and for development: nothing is needed that has no pin, and no pin is in another's way."""
     platform = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
     bare = ["--no-config", "--quiet", "--no-header", "--no-annotate"]
-    inputs = ["--constraint", ROOT / "constraints.txt", "--extra", extra, ROOT / "pyproject.toml"]
+    chosen = [f"--extra={extra}" for extra in extras]
+    inputs = ["--constraint", ROOT / "constraints.txt", *chosen, ROOT / "pyproject.toml"]
     done = subprocess.run(
         [BIN / "uv", "pip", "compile", *bare, *platform, *inputs], capture_output=True, text=True, timeout=300
     )
