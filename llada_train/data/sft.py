@@ -7,6 +7,7 @@ epochs, mixtures and held-out documents are those of pre-training.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from llada_train.objective.forward_process import Noise, fine_tuning_noise, vali
 from llada_train.objective.keyed import Purpose, sample_words, uniform
 
 CACHE = "examples"  # in the run's folder
+TOLD_REASONS = 5  # why records were left out
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,10 @@ class SftData(TrainingData):
                 examples.cut
             )
             counts += [f"{examples.left_out:,} too long and left out"] * bool(examples.left_out)
-            counts += [f"{count:,} left out: {reason}" for reason, count in summary.unusable.items()]
+            reasons = Counter(summary.unusable)
+            counts += [f"{count:,} left out: {reason}" for reason, count in reasons.most_common(TOLD_REASONS)]
+            if others := sum(count for _, count in reasons.most_common()[TOLD_REASONS:]):
+                counts.append(f"{others:,} left out for other reasons")
             lines += [f"{name}: {columns}; {', '.join(counts)}", self.rendered(examples.example(0, 0))]
         return lines
 
