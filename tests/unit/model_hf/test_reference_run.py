@@ -10,7 +10,9 @@ from torch import Tensor
 
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM, mask_tokens
-from llada_train.sampling.sampler import SamplingOptions, generate
+from llada_train.sampling.denoiser import every_position
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.sampler import generate
 
 MASK = 15
 IDS = torch.tensor([[3, 1, 15, 7, 0]])
@@ -118,6 +120,6 @@ def masked_loss_rows(model: LLaDAModelLM, ids: Tensor, labels: Tensor, weights: 
 )
 def test_generate(steps: int, block_length: int, expected: list[int]) -> None:
     """The first one predicts, and so keeps, the mask id 15."""
-    model, options = formula_model(2, 0.8, 0.011), SamplingOptions(steps, block_length, allow_mask_id=True)
-    out = generate(lambda ids: model(ids).logits, torch.tensor([[3, 1]]), 8, options, MASK)
+    model, options = formula_model(2, 0.8, 0.011), SamplingOptions(steps, block_length, rules="released")
+    out = generate(every_position(lambda ids: model(ids).logits), torch.tensor([[3, 1]]), 8, options, MASK)
     assert out.tolist() == [[3, 1, *expected]]
