@@ -10,6 +10,7 @@ from llada_train.config.errors import UserError
 if TYPE_CHECKING:
     from llada_train.config.schema import ModelConfig
     from llada_train.data.tokenizer import Tokenizer
+    from llada_train.model.hf.modeling_llada import LLaDAModelLM
     from llada_train.sampling.denoiser import PlainDenoiser
 
 
@@ -48,16 +49,21 @@ def check_length(tokens: int, model: "ModelConfig", name: str) -> None:
         )
 
 
-def load_denoiser(path: Path) -> "tuple[PlainDenoiser, Tokenizer]":
+def load_model(path: Path) -> "tuple[LLaDAModelLM, Tokenizer]":
     """In bf16 on a GPU if there is one, else in fp32 on the CPU."""
-    import torch
+    from llada_train.convert.load import best_device, load_plain
 
-    from llada_train.convert.load import load_plain
+    device, dtype = best_device()
+    plain, tokenizer = load_plain(path, dtype)
+    return plain.to(device), tokenizer
+
+
+def load_denoiser(path: Path) -> "tuple[PlainDenoiser, Tokenizer]":
+    """`load_model`, to sample from."""
     from llada_train.sampling.denoiser import PlainDenoiser
 
-    on_gpu = torch.cuda.is_available()
-    plain, tokenizer = load_plain(path, torch.bfloat16 if on_gpu else torch.float32)
-    return PlainDenoiser(plain.to("cuda" if on_gpu else "cpu"), tokenizer.vocab_size), tokenizer
+    plain, tokenizer = load_model(path)
+    return PlainDenoiser(plain, tokenizer.vocab_size), tokenizer
 
 
 def write_whole(path: Path, text: str) -> None:

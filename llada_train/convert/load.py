@@ -37,3 +37,10 @@ def load_plain(path: Path, dtype: torch.dtype = torch.float32) -> tuple[LLaDAMod
             return plain_model(weights, weights.model, dtype), Tokenizer.load(path)
     with open_verified(path) as checkpoint:
         return plain_model(checkpoint, checkpoint.model, dtype), Tokenizer.load(checkpoint.tokenizer)
+
+
+def best_device() -> tuple[torch.device, torch.dtype]:
+    """A GPU and bf16, or the CPU and fp32."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32

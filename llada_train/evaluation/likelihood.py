@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers given prompts: lower bounds by Monte Carlo, or by enumeration (paper Eq. 4 and 6, App. A.2).
+"""Log-likelihoods of answers given prompts, by Monte Carlo or by enumeration (paper Eq. 4 and 6, App. A.2).
 
 Every draw is keyed by (seed, pair, sample), so that a result depends neither on the batch nor on the process.
 """
