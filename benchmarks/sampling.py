@@ -1,9 +1,10 @@
 """Tokens per second of the sampler against a plain loop over the released algorithm, which must give the same tokens.
 
 `python benchmarks/sampling.py [--model FOLDER]`: a 6-layer model of random weights, one prompt, on the CPU, with a
-small and with LLaDA's vocabulary, greedy and drawn. The loop computes the logits of all positions, and above temperature 0
-fp64 noise for all of them, as generate.py does. For the comparison of drawn tokens it is given the sampler's noise, in
-a run of its own that is not timed. With --model, how many tokens the block caches change there, and what they save.
+small and with LLaDA's vocabulary, greedy and drawn. The loop computes the logits of all positions, and above
+temperature 0 fp64 noise for all of them, as generate.py does. For the comparison of drawn tokens it is given the
+sampler's noise, in a run of its own that is not timed. With --model, how many tokens the block caches change there, and
+what they save.
 """
 
 import argparse

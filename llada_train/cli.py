@@ -65,10 +65,12 @@ def pretrain(
     """
     if processes is not None:
         from llada_train.parallel.launch import launch_local, own_command
+        from llada_train.training.initial import check_initial_weights
         from llada_train.training.preflight import check_content, open_inputs
 
         # Every problem is told once, before anything starts.
         inputs = open_inputs(config, overrides or [], processes, accept_config_changes)
+        check_initial_weights(inputs)
         check_content(inputs)
         inputs.run.prepare()
         inputs.run.release()  # to the first of the processes
@@ -82,10 +84,12 @@ def pretrain(
 
     start = StartTimes.of_this_process()
     adopt_place()
+    from llada_train.training.initial import check_initial_weights
     from llada_train.training.preflight import open_inputs
 
     # A mistake is told before the slow imports.
     inputs = open_inputs(config, overrides or [], world_size(), accept_config_changes)
+    check_initial_weights(inputs)
     from llada_train.parallel.topology import quiet_engines
 
     quiet_engines()
@@ -107,11 +111,15 @@ def to_hf(
 
     Example: llada-train convert to-hf runs/demo hf
     """
-    from llada_train.checkpoint.reader import open_verified
+    from llada_train.checkpoint.reader import Checkpoint, open_verified
+    from llada_train.convert.to_hf import check_export
     from llada_train.convert.to_hf import to_hf as write
 
+    def check(weights: Checkpoint) -> None:
+        check_export(weights, output, dtype.value)
+
     started = time.monotonic()
-    with _bytes_progress() as of, open_verified(source, of("comparing checksums")) as weights:
+    with _bytes_progress() as of, open_verified(source, of("comparing checksums"), check) as weights:
         write(weights, output, dtype.value, of("writing"))
     typer.echo(f"wrote {output} in {time.monotonic() - started:,.0f} s")
 

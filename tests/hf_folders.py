@@ -1,4 +1,4 @@
-"""Checkpoints to export and Hugging Face folders to import, small, written without llada_train.convert."""
+"""Checkpoints to export and Hugging Face folders to import, small; the released ones are written without ours."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 from checkpoint_files import global_tensors, write
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from data_tools.train_tokenizer import train_tokenizer
+from llada_train.checkpoint.reader import open_verified
 from llada_train.config.schema import Config, ModelConfig
+from llada_train.convert.to_hf import to_hf
+
+SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "vocab_size": 300, "num_heads": 4}
+MODELS = [ModelConfig(**SIZES, num_kv_heads=kv_heads) for kv_heads in (4, 2)]
 
 RELEASED: dict[str, Any] = {  # GSAI-ML/LLaDA-8B-Instruct, config.json
     "activation_type": "silu",
@@ -175,3 +181,21 @@ def released_tokenizer(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def small_tokenizer(folder: Path) -> None:
+    train_tokenizer(iter(["def f(x): return x", "the quick brown fox"]), 300, folder)
+
+
+def export(source: Path, out: Path, dtype: str = "bf16", **options: Any) -> dict[str, Tensor]:
+    """The tensors that to_hf writes."""
+    with open_verified(source) as weights:
+        to_hf(weights, out, dtype, **options)
+    return {name: t for file in out.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def exported_folder(folder: Path, tokenizer: Path) -> Path:
+    """A small export in two shards, and the checkpoint `run` beside it."""
+    checkpoint(folder / "run", MODELS[1], tokenizer)
+    export(folder / "run", folder / "small", max_shard_bytes=50_000)
+    return folder / "small"

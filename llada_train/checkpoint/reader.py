@@ -134,11 +134,13 @@ class Checkpoint:
 
 @contextmanager
 def open_verified(
-    path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+    path: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[Checkpoint], object] = lambda checkpoint: None,
 ) -> Iterator[Checkpoint]:
     """The checkpoint that `path` names, or the newest of the run folder `path`, once every file has been compared.
 
-    `on_progress` gets (bytes compared, bytes in all).
+    `on_progress` gets (bytes compared, bytes in all). `check` may raise before that, since it takes long.
 
     Raises:
         UserError: there is none.
@@ -146,6 +148,7 @@ def open_verified(
     """
     folder = resolve(path)
     with naming_another(folder), Checkpoint(folder) as checkpoint:
+        check(checkpoint)
         done = 0
 
         def count(more: int) -> None:

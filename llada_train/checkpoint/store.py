@@ -118,8 +118,13 @@ def resolve(path: Path) -> Path:
     if (path / FILE_NAME).exists():
         return path
     found = checkpoints(path / FOLDER)
+    if not found and is_hf_folder(path):
+        raise UserError(f"{path}: a Hugging Face folder; give a run folder or a checkpoint")
     if not found:
-        raise UserError(f"{path}: neither a checkpoint (no {FILE_NAME}) nor a run folder with one (no {FOLDER}/step-*)")
+        raise UserError(
+            f"{path}: neither a checkpoint (no {FILE_NAME}) nor a run folder with one (no {FOLDER}/step-*), nor a "
+            "Hugging Face folder (no config.json)"
+        )
     return found[-1]
 
 

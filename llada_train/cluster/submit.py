@@ -1,4 +1,7 @@
-"""`llada-train submit` and `array`: check everything, render the sbatch file, hand it to SLURM. Imports no torch."""
+"""`llada-train submit` and `array`: check everything, render the sbatch file, hand it to SLURM.
+
+Imports torch only for a run that begins from a Hugging Face folder.
+"""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,6 +17,7 @@ from llada_train.cluster.render import PART, array_script, folders_of, module_co
 from llada_train.config.cluster import ClusterConfig
 from llada_train.config.errors import UserError
 from llada_train.config.load import load, load_config, save_config
+from llada_train.training.initial import check_initial_weights
 from llada_train.training.journal import note, read_history
 from llada_train.training.preflight import check_content, open_inputs
 
@@ -88,7 +92,9 @@ def prepare(
     processes = nodes * cluster.node.tasks
     config = load_config(config_file, recipe, processes)
     if look_at_data:
-        check_content(open_inputs(config_file, recipe, processes, accept_config_changes))
+        inputs = open_inputs(config_file, recipe, processes, accept_config_changes)
+        check_initial_weights(inputs)
+        check_content(inputs)
     folder = _next_folder(config.run_dir.absolute() / SUBMISSIONS)
     flags = ["--accept-config-changes"] if accept_config_changes else []
     script = pretrain_script(cluster, folder, config.run_dir, nodes, chain == 1, folders_of(config), flags)

@@ -1,7 +1,11 @@
 """The model card of an export: what is known of the weights, and how to use them."""
 
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
 from llada_train.checkpoint.manifest import AnyManifest, Manifest
-from llada_train.data.timeline import Timeline
+from llada_train.data.rows import short_names
+from llada_train.data.timeline import Phase, Timeline
 from llada_train.model.sizes import non_embedding_parameter_count, parameter_count
 
 _CARD = """---
@@ -55,17 +59,39 @@ def model_card(name: str, manifest: AnyManifest, dtype: str) -> str:
     return _CARD.format(name=name, made=made, facts=rows)
 
 
+def _each(values: Iterable[int]) -> str:
+    """All that were in force, in turn."""
+    return ", then ".join(f"{value:,}" for value, _ in groupby(values))
+
+
+def _percent(phases: Sequence[Phase], samples: int) -> list[float]:
+    """Of the tokens so far, what each corpus gave; those that were passed over do not count."""
+    ends = [*(phase.first_sample for phase in phases[1:]), samples]
+    lengths = [
+        (min(end, phase.end_sample or end) - phase.first_sample) * phase.sequence_length
+        for phase, end in zip(phases, ends, strict=True)
+    ]
+    lengths[0] += not any(lengths)  # of a run that has not begun, its first mixture
+    given = [
+        sum(tokens * phase.weights[i] / sum(phase.weights) for phase, tokens in zip(phases, lengths, strict=True))
+        for i in range(len(phases[0].weights))
+    ]
+    return [100 * tokens / sum(lengths) for tokens in given]
+
+
 def _training(manifest: Manifest) -> dict[str, str]:
     config, progress = manifest.config, manifest.progress
     samples = progress.consumed_samples
-    shares = {corpus.path.rpartition("/")[2]: corpus.share for corpus in config.data.corpora}
-    corpora = ", ".join(f"{name} {100 * share / sum(shares.values()):.3g} %" for name, share in shares.items())
+    timeline = Timeline(config, progress.phases, samples)
+    phases = timeline.begun(samples) or timeline.phases[:1]
+    names = short_names([corpus.path for corpus in config.data.corpora])
+    shares = zip(names, _percent(phases, samples), strict=True)
     return {
         "steps": f"{progress.step:,}",
-        "tokens (nominal)": f"{Timeline(config, progress.phases, samples).tokens(samples):,}",
-        "sequences": f"{samples:,} of {config.data.sequence_length:,} tokens",
-        "batch": f"{config.training.global_batch_size:,} sequences",
-        "corpora": corpora,
+        "tokens (nominal)": f"{timeline.tokens(samples):,}",
+        "sequences": f"{samples:,} of {_each(phase.sequence_length for phase in phases)} tokens",
+        "batch": f"{_each(phase.global_batch_size for phase in phases)} sequences",
+        "corpora": ", ".join(f"{name} {percent:.3g} %" for name, percent in shares),
         "learning rate": f"{max(phase.end for phase in config.optimizer.learning_rate):g} at most, AdamW",
         "weight decay": f"{config.optimizer.weight_decay:g}",
         "precision": config.training.precision,

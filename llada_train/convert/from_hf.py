@@ -1,7 +1,8 @@
 """Import from Hugging Face format: an exported or released folder as initial weights. Its code is never run."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,13 +14,21 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from llada_train.checkpoint.header import Entry, read_header
-from llada_train.checkpoint.manifest import FORMAT, TOKENIZER, FragmentEntry, ImportedManifest, write_manifest
+from llada_train.checkpoint.manifest import (
+    FILE_NAME,
+    FORMAT,
+    TOKENIZER,
+    FragmentEntry,
+    ImportedManifest,
+    write_manifest,
+)
+from llada_train.checkpoint.store import FOLDER as CHECKPOINTS
 from llada_train.checkpoint.tensor_file import ITEM, write_tensors
 from llada_train.config.errors import UserError
 from llada_train.config.load import model_differences
 from llada_train.config.schema import ModelConfig
 from llada_train.convert.llada import LLADA
-from llada_train.convert.names import Family, sources
+from llada_train.convert.names import Family, Run, sources
 from llada_train.convert.output import copy_tokenizer, new_folder, output_problems
 from llada_train.data.tokenizer import Tokenizer
 from llada_train.model.sizes import MASTER, tensor_specs
@@ -36,24 +45,33 @@ _LISTED = 50
 class HfWeights:
     """The global tensors of a folder in Hugging Face format, read in pieces; a context manager."""
 
-    def __init__(self, folder: Path, model: ModelConfig | None = None, problems: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        problems: Sequence[str] = (),
+    ) -> None:
         """Check config.json and every tensor's name, shape and dtype, by the files' headers alone.
 
-        `model`: what a run wants them for. `problems`: what else is known to be wrong, to be told together.
+        `model` and `tokenizer`: what they are wanted for. `problems`: what else is wrong, to be told together.
 
         Raises:
             UserError: not a model that can be trained here, cut or missing files, tensors that are not those of
-                config.json, or another model than `model`; all of it is listed.
+                config.json, another model than `model`, or other ids than `tokenizer`'s; all of it is listed.
         """
         self.folder = folder
         _check_is_folder(folder)
         found = list(problems)
         with ExitStack() as stack:
-            self._tensors = _open_tensors(folder, stack, found)
+            self._tensors, unread = _open_tensors(folder, stack, found)
+            anything_read = bool(self._tensors) or not found
             config = _read_json(folder / "config.json", found)
-            if config is not None and (understood := _understand(folder, config, found)):
+            if config is not None and tokenizer is not None:
+                found += _other_ids(config, tokenizer)
+            if config is not None and (understood := _understand(config, found)):
                 self._family, self.model = understood
-                found += self._wrong_tensors()
+                found += self._wrong_tensors(unread) if anything_read else []
                 found += [] if model is None else _another_model(self.model, model)
             if found:
                 raise _refusal(folder, found)
@@ -61,30 +79,50 @@ class HfWeights:
         self._sources = sources(self._family, self.model)
         if model is not None:
             self.model = model  # which may leave out rows that only pad the vocabulary
+        self._specs = tensor_specs(self.model)
 
     def __enter__(self) -> "HfWeights":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._stack.close()
 
     def names(self) -> list[str]:
-        return list(tensor_specs(self.model))
+        return list(self._specs)
 
     def read(self, name: str) -> Tensor:
         """Our global tensor `name`, fp32."""
-        spec = tensor_specs(self.model)[name]
-        out, filled = torch.empty(spec.numel), 0
-        for part in self.chunks(name):
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-        return out.view(spec.shape)
+        spec = self._specs[name]
+        return self.read_runs(name, [(0, spec.numel)]).view(spec.shape)
+
+    def read_runs(self, name: str, runs: Iterable[Run]) -> Tensor:
+        """Ranges (start, length) of our flattened global tensor, one after the other. [Σ length] fp32."""
+        wanted = list(runs)
+        out, filled = torch.empty(sum(length for _, length in wanted)), 0
+        for start, length in wanted:
+            for theirs, offset, count in self._places(name, start, length):
+                out[filled : filled + count] = self._elements(theirs, offset, count)
+                filled += count
+        return out
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The elements of our global tensor `name` in order, a few million at a time; flat fp32."""
-        for _, length, theirs, offset in self._sources[name]:
-            for done in range(0, length, _CHUNK):
-                yield self._elements(theirs, offset + done, min(_CHUNK, length - done))
+        for theirs, offset, count in self._places(name, 0, self._specs[name].numel):
+            yield self._elements(theirs, offset, count)
+
+    def _places(self, name: str, start: int, length: int) -> Iterator[tuple[str, int, int]]:
+        """(their tensor, offset in it, elements, a few million at most) that together hold [start, start + length)."""
+        parts = self._sources[name]
+        number = bisect_right(parts, start, key=lambda part: part[0]) - 1
+        while length:
+            first, size, theirs, offset = parts[number]
+            count = min(length, first + size - start, _CHUNK)
+            yield theirs, offset + start - first, count
+            start, length = start + count, length - count
+            number += start == first + size
 
     def _elements(self, theirs: str, start: int, count: int) -> Tensor:
         file, entry = self._tensors[theirs]
@@ -99,9 +137,12 @@ class HfWeights:
             raise UserError(f"{file.name}: has been cut while it was read")
         return out.float()
 
-    def _wrong_tensors(self) -> list[str]:
+    def _wrong_tensors(self, unread: Collection[str]) -> list[str]:
+        """`unread`: tensors whose files could not be read, of which nothing more is said."""
+        if self.model.num_layers > len(self._tensors) + len(unread):  # before a table of so many is made
+            return [f"config.json: {self.model.num_layers:,} layers, but {len(self._tensors):,} tensors"]
         expected = {theirs: piece.shape for theirs, piece in self._family.pieces(self.model).items()}
-        wrong = [f"{name}: missing" for name in expected if name not in self._tensors]
+        wrong = [f"{name}: missing" for name in expected if name not in self._tensors and name not in unread]
         for name, (_, entry) in self._tensors.items():
             if name not in expected:
                 wrong.append(f"{name}: not a tensor of the model that config.json describes")
@@ -123,8 +164,13 @@ def from_hf(folder: Path, out: Path, on_progress: Callable[[int, int], None] = l
         UserError: the folder or its tokenizer do not fit, or `out` cannot be made; all that is wrong is listed.
     """
     _check_is_folder(folder)
-    problems = [*output_problems(out, 0), *_tokenizer_problems(folder)]
-    with HfWeights(folder, problems=problems) as weights, ExitStack() as stack:
+    problems = output_problems(out, 0)
+    tokenizer: Tokenizer | None = None
+    try:
+        tokenizer = Tokenizer.load(folder)
+    except UserError as error:
+        problems.append(str(error))
+    with HfWeights(folder, tokenizer=tokenizer, problems=problems) as weights, ExitStack() as stack:
         total = sum(spec.numel for spec in tensor_specs(weights.model).values()) * ITEM
         if problems := output_problems(out, total):
             raise _refusal(folder, problems)
@@ -138,7 +184,16 @@ def from_hf(folder: Path, out: Path, on_progress: Callable[[int, int], None] = l
 
 def _check_is_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one in Hugging Face format, downloaded before")
+        raise UserError(
+            f"{folder}: no such folder; give one in Hugging Face format, downloaded before (`hf download MODEL "
+            "--local-dir FOLDER`)"
+        )
+    if (folder / "config.json").exists():
+        return
+    if (folder / FILE_NAME).exists() or (folder / CHECKPOINTS).exists():
+        raise UserError(f"{folder}: a checkpoint or a run of llada_train already; begin a run with init_from={folder}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}: an adapter; merge it into its model (peft: merge_and_unload) and save that")
 
 
 def _write_weights(weights: HfWeights, folder: Path, on_bytes: Callable[[int], None]) -> None:
@@ -181,44 +236,51 @@ def _grouped(sizes: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def _open_tensors(folder: Path, stack: ExitStack, problems: list[str]) -> dict[str, tuple[IO[bytes], Entry]]:
-    """The open file that holds each tensor, and where."""
+def _open_tensors(
+    folder: Path, stack: ExitStack, problems: list[str]
+) -> tuple[dict[str, tuple[IO[bytes], Entry]], set[str]]:
+    """The open file that holds each tensor, and where; and the tensors whose file cannot be read."""
     tensors: dict[str, tuple[IO[bytes], Entry]] = {}
+    unread: set[str] = set()
     weight_map = _weight_map(folder, problems)
     for name in [_SINGLE] if weight_map is None else sorted(set(weight_map.values())):
         try:
             file = stack.enter_context((folder / name).open("rb"))
             header = read_header(file)
-        except FileNotFoundError:
-            problems.append(f"{name}: the file is missing; copy or download it again")
-            continue
         except (OSError, ValueError) as error:
-            problems.append(f"{name}: cut or damaged ({error}); copy or download it again")
+            absent = isinstance(error, FileNotFoundError)
+            wrong = "the file is missing" if absent else f"cut or damaged ({getattr(error, 'strerror', None) or error})"
+            problems.append(f"{name}: {wrong}; copy or download it again")
+            unread |= {tensor for tensor, place in (weight_map or {}).items() if place == name}
             continue
         for tensor, entry in header.items():
             if weight_map is not None and weight_map.get(tensor) != name:
                 problems.append(f"{tensor}: in {name}, where {_INDEX} does not have it")
             tensors[tensor] = file, entry
-    return tensors
+    return tensors, unread
 
 
 def _weight_map(folder: Path, problems: list[str]) -> dict[str, str] | None:
     """The file of each tensor by the index; None: all are in one."""
-    if not (folder / _INDEX).exists():
-        if not (folder / _SINGLE).exists():
-            problems.append(f"neither {_SINGLE} nor {_INDEX}: only safetensors are read")
-            return {}
+    has_index, has_single = ((folder / name).exists() for name in (_INDEX, _SINGLE))
+    if has_index == has_single:
+        both = f"{_SINGLE} and {_INDEX}: which of the two is meant? remove the other"
+        problems.append(both if has_index else f"neither {_SINGLE} nor {_INDEX}: only safetensors are read")
+        return {}
+    if has_single:
         return None
     index = _read_json(folder / _INDEX, problems)
-    weight_map = (index or {}).get("weight_map", {})
-    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if index is None:
+        return {}
+    weight_map = index.get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) and weight_map else [None]
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         problems.append(f"{_INDEX}: weight_map has to give each tensor the name of a file beside it")
         return {}
     return weight_map
 
 
-def _understand(folder: Path, config: dict[str, Any], problems: list[str]) -> tuple[Family, ModelConfig] | None:
+def _understand(config: dict[str, Any], problems: list[str]) -> tuple[Family, ModelConfig] | None:
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         known = ", ".join(repr(model_type) for model_type in FAMILIES)
@@ -239,21 +301,15 @@ def _another_model(theirs: ModelConfig, wanted: ModelConfig) -> list[str]:
     return [f"another model than the config's: model.{line} (stored there → given now)" for line in lines]
 
 
-def _tokenizer_problems(folder: Path) -> list[str]:
-    """A tokenizer has to be there, and its special tokens have to be config.json's."""
-    try:
-        tokenizer = Tokenizer.load(folder)
-    except UserError as error:
-        return [str(error)]
-    config = _read_json(folder / "config.json", []) or {}
+def _other_ids(config: Mapping[str, Any], tokenizer: Tokenizer) -> list[str]:
     wrong = [
-        f"config.json: {key} is {config[key]}, but the tokenizer's is {ours}"
+        f"config.json: {key} is {config[key]!r}, but the tokenizer's is {ours}"
         for key, ours in (("mask_token_id", tokenizer.mask_id), ("eos_token_id", tokenizer.eos_id))
         if config.get(key) not in (None, ours)
     ]
     rows = config.get("embedding_size") or config.get("vocab_size")
     if isinstance(rows, int) and tokenizer.vocab_size > rows:
-        wrong.append(f"tokenizer.json: {tokenizer.vocab_size} ids, but the embedding has {rows} rows")
+        wrong.append(f"config.json: the embedding has {rows} rows, but the tokenizer {tokenizer.vocab_size} ids")
     return wrong
 
 

@@ -43,6 +43,9 @@ _SIZES = {
     "rope_theta": ("rope_theta",),
     "norm_eps": ("rms_norm_eps",),
 }
+# Keys that transformers knows in other models' config.json and the released one does not have: they would mean another
+# model of the same tensors.
+_NOT_LLADAS: dict[str, Any] = {"rope_scaling": None, "tie_word_embeddings": False}
 
 
 def _first(tree: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -91,7 +94,7 @@ class _Llada:
     def model_config(self, tree: Mapping[str, Any]) -> ModelConfig:
         problems = [
             f"{key} is {tree[key]!r}; a LLaDA has {only!r}"
-            for key, only in SWITCHES.items()
+            for key, only in (SWITCHES | _NOT_LLADAS).items()
             if key in tree and tree[key] != only
         ]
         given = {ours: _first(tree, keys) for ours, keys in _SIZES.items()}

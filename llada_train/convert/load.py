@@ -20,8 +20,9 @@ def describe(path: Path) -> tuple[ModelConfig, Tokenizer]:
         UserError: it is no model, files are missing or cut, or the tokenizer has no mask token.
     """
     if is_hf_folder(path):
-        with HfWeights(path) as weights:
-            return weights.model, Tokenizer.load(path)
+        tokenizer = Tokenizer.load(path)
+        with HfWeights(path, tokenizer=tokenizer) as weights:
+            return weights.model, tokenizer
     with Checkpoint(resolve(path)) as checkpoint:
         return checkpoint.model, Tokenizer.load(checkpoint.tokenizer)
 
@@ -33,8 +34,9 @@ def load_plain(path: Path, dtype: torch.dtype = torch.float32) -> tuple[LLaDAMod
         UserError: it is none of them, or damaged.
     """
     if is_hf_folder(path):
-        with HfWeights(path) as weights:
-            return plain_model(weights, weights.model, dtype), Tokenizer.load(path)
+        tokenizer = Tokenizer.load(path)
+        with HfWeights(path, tokenizer=tokenizer) as weights:
+            return plain_model(weights, weights.model, dtype), tokenizer
     with open_verified(path) as checkpoint:
         return plain_model(checkpoint, checkpoint.model, dtype), Tokenizer.load(checkpoint.tokenizer)
 

@@ -18,13 +18,38 @@ from llada_train.config.errors import UserError
 from llada_train.convert.card import model_card
 from llada_train.convert.llada import LLADA
 from llada_train.convert.names import Family, Piece, Run, SpecialTokens
-from llada_train.convert.output import bos_id, copy_tokenizer, new_folder, output_problems
+from llada_train.convert.output import bos_id, copy_tokenizer, fit_to_model, new_folder, output_problems
 from llada_train.data.tokenizer import Tokenizer
-from llada_train.model.sizes import MASTER
+from llada_train.model.sizes import MASTER, parameter_count
 
 # As an argument names it, as a safetensors header does, and as torch does.
 _DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
 _CHUNK = 1 << 21  # elements converted at once
+
+
+def check_export(checkpoint: Checkpoint, out: Path, dtype: str) -> Tokenizer:
+    """What can be at fault before any tensor is read; returns the tokenizer.
+
+    Raises:
+        UserError: `out` exists already or cannot be written, the run's tokenizer cannot be read or is another model's,
+            or another dtype than bf16 and fp32; all that is wrong is listed.
+    """
+    problems = [] if dtype in _DTYPES else [f"dtype {dtype!r}: give one of {', '.join(_DTYPES)}"]
+    model = checkpoint.model
+    tokenizer: Tokenizer | None = None
+    try:
+        tokenizer = Tokenizer.load(checkpoint.tokenizer)
+        if tokenizer.vocab_size > model.vocab_size:
+            ids = f"{tokenizer.vocab_size:,} ids, the model {model.vocab_size:,}"
+            problems.append(f"{checkpoint.tokenizer}: not the tokenizer that the model was trained with: it has {ids}")
+    except UserError as error:
+        where = "" if checkpoint.tokenizer.is_absolute() else f", looked for from {Path.cwd()}"
+        problems.append(f"the run's data.tokenizer{where}: {error}")
+    _, torch_dtype = _DTYPES.get(dtype, _DTYPES["fp32"])
+    problems += output_problems(out, parameter_count(model) * torch_dtype.itemsize)
+    if tokenizer is None or problems:
+        raise UserError("\n  ".join(["nothing was written:", *problems]) if problems[1:] else problems[0])
+    return tokenizer
 
 
 def to_hf(
@@ -41,25 +66,17 @@ def to_hf(
     elements at a time. `on_progress` gets (bytes written, bytes in all).
 
     Raises:
-        UserError: `out` exists already or cannot be written, the run's tokenizer cannot be read, or another dtype; all
-            that is wrong is listed.
+        UserError: as `check_export`.
         DamagedError: a file of the checkpoint is cut.
     """
-    problems = [] if dtype in _DTYPES else [f"dtype {dtype!r}: give one of {', '.join(_DTYPES)}"]
-    try:
-        tokenizer = Tokenizer.load(checkpoint.tokenizer)
-    except UserError as error:
-        problems.append(str(error))
-    label, torch_dtype = _DTYPES.get(dtype, _DTYPES["fp32"])
+    tokenizer = check_export(checkpoint, out, dtype)
+    label, torch_dtype = _DTYPES[dtype]
     pieces = family.pieces(checkpoint.model)
     plan = split_torch_state_dict_into_shards(
         {name: torch.empty(piece.shape, dtype=torch_dtype, device="meta") for name, piece in pieces.items()},
         max_shard_size=max_shard_bytes,
     )
     total: int = plan.metadata["total_size"]
-    problems += output_problems(out, total)
-    if problems:
-        raise UserError("\n  ".join(["nothing was written:", *problems]) if problems[1:] else problems[0])
     done = 0
     with new_folder(out) as folder:
         for file, names in plan.filename_to_tensors.items():
@@ -82,6 +99,7 @@ def to_hf(
             source = Path(inspect.getfile(module))
             shutil.copyfile(source, folder / source.name)
         copy_tokenizer(checkpoint.tokenizer, folder)
+        fit_to_model(folder)
         GenerationConfig(
             bos_token_id=bos_id(folder),
             eos_token_id=tokenizer.eos_id,

@@ -93,7 +93,7 @@ class PretrainingData:
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
             opened = list(pool.map(self._open, config.data.corpora))
         self.corpora = [training.corpus for training, _ in opened]
-        self.names = _names([corpus.path for corpus in config.data.corpora])
+        self.names = short_names([corpus.path for corpus in config.data.corpora])
         self._training = [training for training, _ in opened]
         self._held_out = [held_out for _, held_out in opened]
         self._check_distinct()
@@ -376,7 +376,7 @@ def _check_size(stream: _Stream, documents: str, setting: str, remedy: str) -> N
         )
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def short_names(paths: Sequence[str]) -> list[str]:
     """The last parts of each path, as many as tell them apart."""
     parts = [path.split("/") for path in paths]
     for length in count(1):

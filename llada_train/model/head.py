@@ -2,7 +2,7 @@
 
 The loss needs two numbers for each masked position: the log-normaliser log Σ_v exp(logit_v) and the target's logit.
 Both are computed in fp32, from logits of the model's precision. Shapes: K masked positions, V vocabulary rows on this
-rank.
+rank, hidden size H.
 """
 
 from typing import Any
@@ -20,36 +20,57 @@ from torch import Tensor
 
 from llada_train.data.batch import Batch
 
+CHUNK = 1 << 28  # logits that are held at once: 1 GiB of fp32
+
 
 class _LogNormaliserAndTarget(torch.autograd.Function):
-    """logits [K, V] (this rank's rows), targets [K] (global ids) → [2, K] fp32: log-normaliser, target logit."""
+    """rows [K, H], weight [V, H] (this rank's), targets [K] (global ids) → [2, K] fp32: log-normaliser, target logit.
+
+    If the logits [K, V] are more than CHUNK, they are made in pieces, and once more in backward: with every token
+    masked they would be the largest tensor of a step by far.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         group = parallel_state.get_tensor_model_parallel_group()
-        rows = logits.shape[1]
-        highest = logits.max(dim=1).values.float()
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        scores = logits - highest.unsqueeze(1)  # fp32; from here on in place: K·V is the largest tensor of the step
-        local = targets - parallel_state.get_tensor_model_parallel_rank() * rows
-        here = (local >= 0) & (local < rows)
-        local = local.clamp(0, rows - 1).unsqueeze(1)
-        target = torch.where(here, scores.gather(1, local).squeeze(1), 0.0)
-        softmax = scores.exp_()
-        sums = torch.stack([softmax.sum(dim=1), target])
-        dist.all_reduce(sums, group=group)
-        softmax.div_(sums[0].unsqueeze(1))
-        ctx.save_for_backward(softmax, local, here)
-        ctx.dtype = logits.dtype
-        return torch.stack([sums[0].log(), sums[1]]) + highest
+        V = len(weight)
+        local = targets - parallel_state.get_tensor_model_parallel_rank() * V
+        here = (local >= 0) & (local < V)
+        local = local.clamp(0, V - 1).unsqueeze(1)
+        size = max(1, CHUNK // V)
+        ctx.pieces = [slice(start, start + size) for start in range(0, len(rows), size)]
+        told = torch.empty(2, len(rows), device=rows.device)
+        ctx.softmax = None
+        for at in ctx.pieces:
+            logits = rows[at] @ weight.t()
+            highest = logits.max(dim=1).values.float()
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+            scores = logits - highest.unsqueeze(1)  # fp32; from here on in place
+            target = torch.where(here[at], scores.gather(1, local[at]).squeeze(1), 0.0)
+            softmax = scores.exp_()
+            sums = torch.stack([softmax.sum(dim=1), target])
+            dist.all_reduce(sums, group=group)
+            told[:, at] = torch.stack([sums[0].log(), sums[1]]) + highest
+            if len(ctx.pieces) == 1:  # kept, so that it need not be made again
+                ctx.softmax = softmax.div_(sums[0].unsqueeze(1))
+        ctx.save_for_backward(rows, weight, local, here, told)
+        return told
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        softmax, local, here = ctx.saved_tensors
-        to_normaliser, to_target = gradient
-        grad = softmax.mul_(to_normaliser.unsqueeze(1))
-        grad.scatter_add_(1, local, torch.where(here, to_target, 0.0).unsqueeze(1))
-        return grad.to(ctx.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight, local, here, told = ctx.saved_tensors
+        to_normaliser, to_target = gradient[0], torch.where(here, gradient[1], 0.0)
+        to_rows = torch.empty_like(rows)
+        to_weight = torch.zeros_like(weight, dtype=weight.dtype if ctx.softmax is not None else torch.float32)
+        for at in ctx.pieces:
+            softmax = ctx.softmax
+            if softmax is None:
+                softmax = (rows[at] @ weight.t() - told[0, at].unsqueeze(1)).exp_()
+            scores = softmax.mul_(to_normaliser[at].unsqueeze(1))
+            to_logits = scores.scatter_add_(1, local[at], to_target[at].unsqueeze(1)).to(weight.dtype)
+            torch.mm(to_logits, weight, out=to_rows[at])
+            to_weight += to_logits.t() @ rows[at]
+        return to_rows, to_weight.to(weight.dtype), None
 
 
 class MaskedHead(torch.nn.Module):
@@ -74,4 +95,5 @@ class MaskedHead(torch.nn.Module):
             rows = hidden.reshape(S * B, -1).index_select(0, index)
         else:
             rows = copy_to_tensor_model_parallel_region(hidden.reshape(S * B, -1).index_select(0, index))
-        return _LogNormaliserAndTarget.apply(rows @ self.weight.t(), batch.targets)
+        told: Tensor = _LogNormaliserAndTarget.apply(rows, self.weight, batch.targets)
+        return told

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llada_train.checkpoint.manifest import read_any_manifest
-from llada_train.checkpoint.store import is_hf_folder, resolve
 from llada_train.config.errors import UserError
-from llada_train.config.load import load_config, model_differences
+from llada_train.config.load import load_config
 from llada_train.config.rules import check_world_size, cross_section_problems
-from llada_train.config.schema import Config, ModelConfig
+from llada_train.config.schema import Config
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
 from llada_train.training.metrics import read_metrics
@@ -31,14 +29,12 @@ def open_inputs(
     """Open everything that the config names; nothing is written.
 
     Raises:
-        UserError: config, data, tokenizer, run folder or `init_from` are at fault.
+        UserError: config, data, tokenizer or run folder are at fault.
     """
     config = load_config(config_file, overrides, world_size)
     data = PretrainingData(config)
     inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
     read_metrics(config.run_dir)
-    if config.init_from is not None and not inputs.run.used and not is_hf_folder(config.init_from):
-        _check_checkpoint(config.init_from, config.model)
     return inputs
 
 
@@ -92,9 +88,3 @@ def check_corpora(run: RunFolder, data: PretrainingData) -> None:
             "repeat tokens of this epoch and leave others out: put the corpus back as it was, add the new one at the "
             "end of data.corpora, or begin a new run (run_dir=…, init_from=…)"
         )
-
-
-def _check_checkpoint(path: Path, model: ModelConfig) -> None:
-    lines = model_differences(read_any_manifest(resolve(path)).model, model)
-    if lines:
-        raise UserError("\n  ".join([f"init_from {path}: another model (stored there → given now):", *lines]))

@@ -1,8 +1,11 @@
 """`llada-train pretrain`: build what the config names, in this order, and run the loop."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+
+from torch import Tensor
 
 from llada_train.checkpoint.manifest import Progress
 from llada_train.checkpoint.reader import naming_another
@@ -12,10 +15,10 @@ from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.convert.from_hf import HfWeights
-from llada_train.convert.names import GlobalWeights
 from llada_train.data.loader import TrainingLoader, validation
 from llada_train.data.rows import PretrainingData
-from llada_train.model.weights import InitialWeights
+from llada_train.model.sizes import MASTER
+from llada_train.model.weights import InitialWeights, Shard
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
@@ -137,17 +140,22 @@ def _restore(run: RunFolder, engine: Engine) -> Progress:
             for change in run.accepted_changes:
                 print(f"accepted: {change}")
         return progress
-    with _weights(engine.config) as weights:
-        engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))
+    with _initial_weights(engine.config) as read:
+        engine.set_weights(read)
     return Progress(step=0, consumed_samples=0)
 
 
-def _weights(config: Config) -> AbstractContextManager[GlobalWeights]:
+@contextmanager
+def _initial_weights(config: Config) -> Iterator[Callable[[Shard], Tensor]]:
+    """What reads this rank's slice of a tensor, and no more of it."""
     path = config.init_from
     if path is None:
-        return nullcontext(InitialWeights(config.model, config.seed))
-    if is_hf_folder(path):
-        return HfWeights(path, config.model)
-    folder = resolve(path)
-    with naming_another(folder):
-        return open_together(folder)
+        initial = InitialWeights(config.model, config.seed)
+        yield lambda shard: shard.of(initial.read(shard.name))
+    elif is_hf_folder(path):
+        with HfWeights(path, config.model) as weights:
+            yield lambda shard: weights.read_runs(shard.name, shard.runs())
+    else:
+        folder = resolve(path)
+        with naming_another(folder), open_together(folder) as checkpoint:
+            yield lambda shard: checkpoint.read_runs(shard.name, MASTER, shard.runs())

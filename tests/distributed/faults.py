@@ -96,6 +96,11 @@ def small_buckets() -> AbstractContextManager[Any]:
     return patch.object(engine, "BUCKET", 5000)
 
 
+def head_in_pieces() -> AbstractContextManager[Any]:
+    """No fault: the logits of a micro-batch are made in dozens of pieces, as those of 8B are in several."""
+    return patch.object(head, "CHUNK", 5000)
+
+
 def own_key_gradients_only() -> AbstractContextManager[Any]:
     """Under context parallelism each rank keeps the gradients that its own queries have for its keys."""
     gather = attention.gather_from_sequence_parallel_region
@@ -135,6 +140,7 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         bf16_on_the_wire,
         bf16_sums,
         small_buckets,
+        head_in_pieces,
         unweighted_loss,
         loss_at_every_position,
     )

@@ -27,7 +27,7 @@ def import_and_save(config_file: Path, layout: list[str], folder: Path, ids: lis
     here = topology.initialize(config.parallel)
     engine = Engine(config, here)
     with HfWeights(folder, config.model) as weights:
-        engine.set_weights(lambda shard: shard.of(weights.read(shard.name)))
+        engine.set_weights(lambda shard: weights.read_runs(shard.name, shard.runs()))
     seen: list[torch.Tensor] = []
     with contextlib.suppress(AttributeError):
         engine.model.stages[-1].head.register_forward_hook(lambda _, __, output: seen.append(output[1]))

@@ -59,6 +59,19 @@ def test_documents_attend_to_themselves_in_any_layout(matrices: dict[str, Matrix
     matrix.check(matrix.run(layout, "data.rows=document_attention"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [
+        ("fp32", Layout(tensor_parallel=2, sequence_parallel=True)),
+        ("bf16", Layout(tensor_parallel=2, data_parallel=2, zero_stage=3)),
+    ],
+)
+def test_the_head_may_work_in_pieces(matrices: dict[str, Matrix], kind: str, split: Layout) -> None:
+    """Logits that are more than memory is to hold; against one process that has them whole."""
+    matrix = matrices[kind]
+    matrix.check(matrix.run(split, fault="head_in_pieces"))
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_gradients_may_be_reduced_in_many_buckets(matrices: dict[str, Matrix], zero_stage: int) -> None:
     """As they are at 8B, where single parameters are larger than a bucket."""

@@ -1,5 +1,6 @@
 """Bad input to `llada-train pretrain`: one message on stderr, exit code 2, no traceback, nothing half-written."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -61,6 +62,15 @@ def other_tokenizer(data: Path, folder: Path) -> str:
     return f"data.tokenizer={folder / 'other'}"
 
 
+def foreign_hf_folder(data: Path, folder: Path) -> str:
+    from hf_folders import exported_folder
+
+    hf = exported_folder(folder / "source", data / "tokenizer")
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"mask_token_id": 7}))
+    return f"init_from={hf}"
+
+
 def run_dir_under_a_file(_: Path, folder: Path) -> str:  # permissions do not bind root, who runs tests in containers
     (folder / "file").write_text("not a folder")
     return f"run_dir={folder / 'file' / 'run'}"
@@ -82,6 +92,11 @@ def setting(text: str, *_: Path) -> str:
         pytest.param(partial(setting, "training.micro_batchsize=2"), ["micro_batch_size"], id="unknown key"),
         pytest.param(partial(setting, "parallel.tensor_parallel=4"), ["4", "2 were started"], id="world size"),
         pytest.param(partial(setting, "init_from=nowhere"), ["nowhere", "checkpoint"], id="init_from of nothing"),
+        pytest.param(
+            foreign_hf_folder,
+            ["small: 5 problems", "mask_token_id is 7, but the tokenizer's is 2", "model.hidden_size: 32 → 64"],
+            id="init_from of another model's Hugging Face folder",
+        ),
         pytest.param(
             partial(setting, "data.corpora.0.validation_documents=299"), ["corpus", "documents"], id="too few tokens"
         ),

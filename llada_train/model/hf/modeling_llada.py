@@ -7,6 +7,7 @@ import math
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -114,14 +115,23 @@ class LLaDATransformer(nn.Module):
         return self.ff_out(h)
 
 
+def uniform(shape: tuple[int, ...], device: torch.device, step: float) -> Tensor:
+    """u ~ U[0, 1) by torch's global generator, turned by rank · step mod 1: Trainer seeds all processes alike.
+
+    So no two ranks draw the same, and with an irrational `step` all of them together spread evenly over [0, 1).
+    """
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return (torch.rand(shape, device=device) + rank * step % 1) % 1
+
+
 def mask_tokens(labels: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """LLaDA's noise (GUIDELINES.md of ML-GSAI/LLaDA): p = (1 − ε)u + ε with u ~ U[0, 1) for each row, ε = 0.001.
 
     labels [B, T], −100 where no noise falls → labels with the mask id where a token is masked, which each is with
     probability p, [B, T]; and the weights of their negative log-likelihoods, 1/p at masks and 0 elsewhere, fp32 [B, T].
     """
-    p = (1 - 1e-3) * torch.rand(len(labels), 1, device=labels.device) + 1e-3
-    masked = (torch.rand(labels.shape, device=labels.device) < p) & (labels != -100)
+    p = (1 - 1e-3) * uniform((len(labels), 1), labels.device, (math.sqrt(5) - 1) / 2) + 1e-3
+    masked = (uniform(labels.shape, labels.device, math.sqrt(2) - 1) < p) & (labels != -100)
     return labels.masked_fill(masked, mask_token_id), masked / p
 
 
@@ -175,7 +185,8 @@ class LLaDAModelLM(PreTrainedModel):
             attention_mask: [B, T], 0 where a position is padding, which nothing attends to. Padding counts as a
                 position: the first column is position 0 whatever it holds.
             labels: [B, T] tokens to learn, −100 where input_ids are given (a prompt, padding). The model masks some of
-                them by torch's global generator and returns LLaDA's loss; logits are those of the masked ids.
+                them by torch's global generator, on each process others, and returns LLaDA's loss; logits are those of
+                the masked ids.
             past_key_values, use_cache: refused; every position sees every other one, so no key stays valid.
             output_attentions: refused; they are never formed.
             output_hidden_states: [B, T, d_model] each: what the blocks read, and what the head reads.

@@ -46,6 +46,9 @@ def tokenizer_and_ids() -> None:
     assert (tokenizer.mask_token_id, tokenizer.eos_token_id) == (MASK, EOS)
     assert model.config.pad_token_id == EOS
     assert tokenizer.decode(tokenizer("return x").input_ids) == "return x"
+    both = tokenizer(["return x", "x"], padding=True, return_tensors="pt")
+    alone = model(**tokenizer("x", return_tensors="pt")).logits
+    close(model(**both).logits[1, both.attention_mask[1].bool()], alone[0])
 
 
 def saved_again() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_folders import RELEASED
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llada_train.model.hf.configuration_llada import LLaDAConfig
-from llada_train.model.hf.modeling_llada import LLaDAModelLM
+from llada_train.model.hf.modeling_llada import LLaDAModelLM, mask_tokens
 
 
 def small(**changes: object) -> LLaDAConfig:
@@ -59,6 +61,24 @@ def test_padding_on_the_left_is_invisible(model: LLaDAModelLM) -> None:
     expected, got = model(ids).logits, model(padded, attention_mask=mask).logits[:, 3:]
     assert (got - expected).abs().max() < 1e-6  # RoPE is relative: a shift of all positions changes nothing
     assert (model(padded).logits[:, 3:] - expected).abs().max() > 1e-3
+
+
+def test_processes_that_are_seeded_alike_draw_other_noise() -> None:
+    """As Trainer seeds them; if all drew one t, their mean would be as noisy as one row's."""
+    labels, ranks = torch.zeros(2, 4096, dtype=torch.long), 16
+    shares, masks = [], []
+    for rank in range(ranks):
+        dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+        torch.manual_seed(0)
+        noised, weights = mask_tokens(labels, 31)
+        dist.destroy_process_group()
+        assert torch.equal(noised == 31, weights > 0)
+        shares.append((noised == 31).float().mean(-1))
+        masks.append(noised)
+        assert (1 / weights.amax(-1) - shares[-1]).abs().max() < 0.04  # p of the paper, within 5σ
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == ranks
+    for row in torch.stack(shares, dim=1):  # of each row, over the ranks: spread evenly over [0, 1)
+        assert abs(row.mean() - 0.5) < 0.05 and row.sort().values.diff().max() < 0.15
 
 
 def test_every_position_sees_every_other(model: LLaDAModelLM) -> None:

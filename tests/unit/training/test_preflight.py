@@ -1,18 +1,22 @@
 """What is found at fault before anything starts."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import copy_corpus, record_checkpoint
+from hf_folders import MODELS, exported_folder
 
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
+from llada_train.convert.from_hf import from_hf
 from llada_train.data.corpus import Corpus
 from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
+from llada_train.training.initial import check_initial_weights
 from llada_train.training.preflight import check_corpora, check_phases, open_inputs
 
 
@@ -52,6 +56,24 @@ def test_a_run_goes_on_with_the_corpora_that_it_began_with(
             check(path, at_new_place)
     rewritten(moved, documents)
     check(path, at_new_place)
+
+
+def test_imported_weights_have_to_fit_model_and_tokenizer(
+    make_config: Callable[..., Path], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Both are told at once, and no longer when the run has a checkpoint."""
+    from_hf(exported_folder(tmp_path, tiny_data / "tokenizer"), tmp_path / "base")
+    sizes = {f"model__{key}": value for key, value in MODELS[1].model_dump().items()}
+    path = make_config(**sizes, init_from=str(tmp_path / "base"))
+    check_initial_weights(open_inputs(path, [], 1))
+    names = tmp_path / "base" / "tokenizer" / "tokenizer_config.json"
+    names.write_text(json.dumps(json.loads(names.read_text()) | {"mask_token": "<|eot_id|>"}))
+    inputs = open_inputs(path, ["model.ffn_hidden_size=64"], 1)
+    with pytest.raises(UserError) as caught:
+        check_initial_weights(inputs)
+    assert "model.ffn_hidden_size: 48 → 64\n  the tokenizer's mask id: 5 → 2" in str(caught.value)
+    record_checkpoint(inputs.config, inputs.data, steps=2)
+    check_initial_weights(open_inputs(path, ["model.ffn_hidden_size=64"], 1))
 
 
 def test_a_batch_size_still_in_force_has_to_fit_the_processes(make_config: Callable[..., Path]) -> None:
