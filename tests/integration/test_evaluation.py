@@ -19,10 +19,13 @@ from llada_train.config.errors import UserError
 from llada_train.config.schema import ModelConfig
 from llada_train.convert.load import load_plain
 from llada_train.evaluation.likelihood import log_likelihoods
+from llada_train.evaluation.suite import Suite, Task, read_suite
+from llada_train.evaluation.tasks import check_tasks
 from llada_train.sampling.denoiser import PlainDenoiser
 from llada_train.sampling.options import SamplingOptions
 from llada_train.sampling.text import continue_prompts
 
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     {"question": "the sky is", "choices": [" blue", " green and old"], "answer": 0},
     {"question": "one and one", "choices": [" is two", " is"], "answer": 1},
@@ -212,7 +215,6 @@ def test_many_prompts_and_a_trace(model: Path, tmp_path: Path) -> None:
         (["sample", "--infill", "a", "--chat"], "no conversation"),
         (["sample", "--input", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
         (["sample", "--prompt", "a", "--output", "no/where.jsonl"], "no folder no"),
-        (["evaluate", "--tasks", "hellaswg"], "did you mean hellaswag"),
         (["evaluate", "--tasks", "piqa", "--set", "cgf=1"], "--set: cgf"),
         (["evaluate", "--tasks", "piqa", "--set", "steps=3", "--set", "threshold=0.9"], "leave out the steps"),
         (["evaluate", "--tasks", "piqa", "--text", "a"], "--tasks and --text"),
@@ -229,6 +231,25 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     monkeypatch.setattr("llada_train.convert.load.load_plain", never)
     with pytest.raises(UserError, match=re.escape(message)):
         in_process(arguments[0], model, *arguments[1:])
+
+
+def test_the_shipped_suites_name_tasks_that_there_are() -> None:
+    """All but one, which is added here."""
+    suites = [read_suite(path) for path in sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))]
+    tasks = [task for suite in suites for task in suite.tasks]
+    assert len(suites) == 2 and len(tasks) == 22 and all(task.published for task in tasks)
+    with pytest.raises(UserError, match="unknown task hellaswg; did you mean hellaswag"):
+        check_tasks(Suite(tasks=(*tasks, Task(task="hellaswg"))), None)
+
+
+def test_a_suite_with_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text("tasks: [{task: piqa, shot: 3}, {task: mbpp, settings: {}}]\nsettings: {samples: 0}\n")
+    with pytest.raises(UserError, match=r"tasks.0.shot: (.|\n)*settings.samples|settings.samples(.|\n)*tasks.0.shot"):
+        read_suite(path)
+    path.write_text("tasks: [{task: piqa, settings: {cgf: 1}}]\n")
+    with pytest.raises(UserError, match="cgf"):
+        read_suite(path)
 
 
 def test_a_model_without_a_mask_token(model: Path, tmp_path: Path) -> None:
