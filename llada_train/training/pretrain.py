@@ -14,7 +14,6 @@ from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
 from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
-from llada_train.convert.from_hf import HfWeights
 from llada_train.data.loader import TrainingLoader, validation
 from llada_train.data.rows import PretrainingData
 from llada_train.model.sizes import MASTER
@@ -153,6 +152,8 @@ def _initial_weights(config: Config) -> Iterator[Callable[[Shard], Tensor]]:
         initial = InitialWeights(config.model, config.seed)
         yield lambda shard: shard.of(initial.read(shard.name))
     elif is_hf_folder(path):
+        from llada_train.convert.from_hf import HfWeights  # transformers takes a fifth of a start's imports
+
         with HfWeights(path, config.model) as weights:
             yield lambda shard: weights.read_runs(shard.name, shard.runs())
     else:

@@ -81,7 +81,7 @@ def test_containers(slurm: Cluster, tiny_data: Path, tmp_path: Path, kind: str, 
     done = slurm.llada_train("submit", config, "--nodes", 1, "--dry-run", environment, "cluster.spares=0")
     assert done.returncode == 0, done
     line = next(line for line in done.stdout.splitlines() if told.format(image=image) in line)
-    for folder in ("/shared", tmp_path, tiny_data, ROOT, "/tmp"):  # the run's own too, and the launcher's
+    for folder in ("/shared", tmp_path / "run", tiny_data, ROOT, "/tmp"):  # the run's own too, and the launcher's
         seen = {part.partition(":")[0] for part in line.replace("=", " ").replace(",", " ").split()}
         assert any(Path(folder).is_relative_to(path) for path in seen if path.startswith("/")), (folder, line)
     assert f"/launch/stage.sh {image} " in done.stdout and '"$staged"' in done.stdout.splitlines()[-2] + done.stdout
