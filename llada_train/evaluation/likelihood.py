@@ -19,8 +19,8 @@ from llada_train.sampling.denoiser import Denoiser, Query, guided
 
 Estimator = Literal["subset", "bernoulli", "exact", "chain"]
 """subset: l ~ U{1..L}, exactly l of the L answer tokens masked, weight L/l (Eq. 6), l spread evenly as released.
-bernoulli: t ~ U(0, 1], each token masked with probability t, weight 1/t (Eq. 4); t spread evenly. Its variance is large,
-since few masks at a small t weigh much: for checks, with a thousand samples or more.
+bernoulli: t ~ U(0, 1], each token masked with probability t, weight 1/t (Eq. 4); t spread evenly. Its variance is
+large, since few masks at a small t weigh much: for checks, with a thousand samples or more.
 exact: Eq. 6 without sampling, over all subsets.
 chain: Σ log p(x_i | prompt, x_<i, the later ones masked) (SMDM, 2410.18514): no bound, a likelihood, in L passes."""
 

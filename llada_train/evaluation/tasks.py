@@ -8,6 +8,7 @@ from typing import Any
 from llada_train.config.errors import UserError
 from llada_train.evaluation.suite import Suite
 
+BOOTSTRAPS = 1000  # for the errors of metrics that are no means
 _INSTALL = "install it: pip install 'llada-train[eval]' -c constraints.txt"
 
 
@@ -34,8 +35,12 @@ def check_tasks(suite: Suite, include: Path | None) -> Any:
         raise UserError(f"evaluate: lm-evaluation-harness is not installed; {_INSTALL}") from None
     if include is not None and not include.is_dir():
         raise UserError(f"{include}: no such folder of tasks")
-    manager = TaskManager(include_path=None if include is None else str(include))
     names = [task.task for task in suite.tasks]
+    if include is not None:  # without the thousands of others, which take long to list
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+        if all(manager.match_tasks([name]) for name in names):
+            return manager
+    manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         import difflib
 
@@ -70,6 +75,7 @@ def run_tasks(
                 tasks=[task.task],
                 num_fewshot=task.shots,
                 limit=limit,
+                bootstrap_iters=BOOTSTRAPS,
                 apply_chat_template=task.chat,
                 task_manager=manager,
                 confirm_run_unsafe_code=run_code,

@@ -14,7 +14,7 @@ def predict(
     """Tokens and confidences of N positions.
 
     Args:
-        logits: [N, V], the first sizes[0] of them the first row's, and so on.
+        logits: [N, V], the first sizes[0] of them the first row's, and so on; overwritten.
         seeds: of each row's noise; needed above temperature 0.
 
     Returns:
@@ -23,7 +23,7 @@ def predict(
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     forbidden = [*options.forbidden_ids, *([mask_id] if options.rules == "paper" else [])]
     if forbidden := [id for id in forbidden if id < scores.shape[-1]]:
-        scores = scores.index_fill(-1, torch.tensor(forbidden, device=scores.device), -torch.inf)
+        scores.index_fill_(-1, torch.tensor(forbidden, device=scores.device), -torch.inf)
     if options.temperature:
         parts = zip(scores.split(list(sizes)), seeds, strict=True)
         predicted = torch.cat([_draw(part, options.temperature, seed) for part, seed in parts])
@@ -32,7 +32,7 @@ def predict(
     last = torch.tensor(options.last_ids, device=scores.device, dtype=torch.int64)
     if options.rules == "released" and len(last):
         # generate.py names its noised logits and its logits in one assignment; at temperature 0 they are one tensor.
-        scores = scores.index_fill(-1, last[-1:] if options.temperature else last, -torch.inf)
+        scores.index_fill_(-1, last[-1:] if options.temperature else last, -torch.inf)
     confidence = (scores.gather(-1, predicted[:, None])[:, 0] - scores.logsumexp(-1)).exp()
     if options.rules == "paper":
         confidence = confidence.where(~torch.isin(predicted, last), 0.0)

@@ -27,7 +27,7 @@ def test_estimators_have_the_exact_value_as_mean_and_know_their_error(estimator:
     many = log_likelihoods(MODEL, [PAIR] * 300, MASK, estimator, samples=16, batch_size=64)  # type: ignore[arg-type]
     values = np.array([one.value for one in many])
     assert values.mean() == pytest.approx(EXACT, abs=4 * values.std() / math.sqrt(300))
-    # Told for independent samples: what spreads them evenly makes it smaller. The other one's tail is too long for that.
+    # Told for independent samples: what spreads them evenly makes it smaller. The other's tail is too long for that.
     if estimator == "subset":
         assert 0.3 < values.std() / np.mean([one.standard_error for one in many]) < 1.1
 
