@@ -37,7 +37,7 @@ class Denoiser(Protocol):
     """A mask predictor."""
 
     def __call__(self, query: Query) -> Tensor:
-        """Logits [N, V] of the wanted positions, row by row; the caller may change them. Ids from V on never come out."""
+        """Logits [N, V] of the wanted positions, row by row; the caller may change them. Ids from V on never come."""
         ...
 
 
