@@ -30,8 +30,10 @@ from common import ROOT, machine_and_versions, make_data
 
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
-from llada_train.model.sizes import parameter_count, tensor_specs
+from llada_train.model.sizes import parameter_count
 from llada_train.parallel.launch import launch_local
+from llada_train.plan.layout import Layout
+from llada_train.plan.memory import state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +134,7 @@ class Rank:
 
     bytes: dict[str, int]  # CAUSES and "other"
     kept_gradients: int  # bytes of gradients after the step
-    predicted: dict[str, float]  # CAUSES
+    predicted: dict[str, int]  # CAUSES
     peak_tensors: int  # of all tensors in a step, touched or not: what an accelerator would have to have
     peak_building: int  # resident bytes above the level after imports and process-group start
     peak_step: int
@@ -234,30 +236,15 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     return result
 
 
-def predicted_bytes(config: Config, world_size: int, pipeline_rank: int) -> dict[str, float]:
-    """Bytes of each of CAUSES on one rank, from sizes alone: 16-bit weights; 32-bit master, moments and gradients.
-
-    ZeRO 1 shares master and moments among the ranks that hold the same weights, ZeRO 2 the gradients too, ZeRO 3 all.
-    """
-    parallel = config.parallel
-    own = 0.0
-    for name, spec in tensor_specs(config.model).items():
-        if _stage(name, config) % parallel.pipeline_parallel == pipeline_rank:
-            own += spec.numel / (parallel.tensor_parallel if spec.partition_dim is not None else 1)
-    copies = world_size // (parallel.tensor_parallel * parallel.pipeline_parallel)
-    return {
-        "weights": 2 * own / (copies if parallel.zero_stage == 3 else 1),
-        "optimizer": 12 * own / copies,
-        "gradients": 4 * own / (copies if parallel.zero_stage > 1 else 1),
-    }
+def predicted_bytes(config: Config, world_size: int, pipeline_rank: int) -> dict[str, int]:
+    """Bytes of each of CAUSES on one rank, as `llada-train plan` says."""
+    layout = _layout(config, world_size)
+    weights, gradients, optimizer = state(layout, layout.holdings[pipeline_rank])
+    return {"weights": weights, "optimizer": optimizer, "gradients": gradients}
 
 
-def _stage(name: str, config: Config) -> int:
-    """Which piece of the model holds a tensor; the layers are split evenly."""
-    last = config.parallel.stages - 1
-    if name.startswith("decoder.layers."):
-        return int(name.split(".")[2]) * config.parallel.stages // config.model.num_layers
-    return 0 if name.startswith("embedding") else last
+def _layout(config: Config, world_size: int) -> Layout:
+    return Layout(config, world_size, config.data.sequence_length, config.training.global_batch_size)
 
 
 def live_bytes(engine: "Engine") -> dict[str, int]:
@@ -414,12 +401,9 @@ def _time_table(runs: dict[str, Run]) -> str:
 
 
 def _bubble(name: str) -> str:
-    """Share of a step in which a pipeline rank waits: (p−1) of m·v + p−1 slots of one stage's micro-batch."""
-    parallel = _config(name, ROOT).parallel
-    p, v = parallel.pipeline_parallel, parallel.virtual_pipeline_parallel
-    copies = LAYOUTS[name][0] // parallel.processes_per_row
-    m = GLOBAL_BATCH_SIZE // (MICRO_BATCH_SIZE * copies)
-    return f"{(p - 1) / (m * v + p - 1):.0%}" if p > 1 else ""
+    """Share of a step in which a pipeline rank waits."""
+    bubble = _layout(_config(name, ROOT), LAYOUTS[name][0]).bubble
+    return f"{bubble:.0%}" if bubble else ""
 
 
 def _mib(size: float) -> str:
@@ -519,10 +503,10 @@ def _header(arguments: argparse.Namespace, picture: str) -> str:
 ![memory by layout]({picture})
 
 Memory is in MiB, of the process that holds most. Live tensors are counted where the gradients are complete and the
-update has not begun. Predicted from sizes alone: 2 bytes of each of the process's parameters for weights, 12 for fp32
-master and Adam's moments, 4 for fp32 gradients; ÷ DP × CP what ZeRO splits. The peak of tensors counts every allocation
-of a step, also of pages that are never touched, as an accelerator has to. Resident memory is above the level after
-imports, and holds what the C library has not given back.
+update has not begun. Predicted by `llada-train plan`: 2 bytes of each of the process's parameters for weights, 12 for
+fp32 master and Adam's moments, 4 for fp32 gradients; ÷ DP × CP what ZeRO splits. The peak of tensors counts every
+allocation of a step, also of pages that are never touched, as an accelerator has to. Resident memory is above the level
+after imports, and holds what the C library has not given back.
 
 With more processes than cores, seconds per step compare with each other only; the CPU time of all processes ÷ that of
 one process is what shows wasted work. ZeRO 2 and 3 send every gradient after every micro-batch, which is small here,

@@ -17,6 +17,7 @@ import typer
 from llada_train.cluster import commands as cluster
 from llada_train.commands import evaluate, sample
 from llada_train.config.errors import UserError
+from llada_train.plan.command import plan
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -31,7 +32,7 @@ convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints to and fro
 app.add_typer(convert, name="convert")
 checkpoint = typer.Typer(no_args_is_help=True, help="List, verify and thin out the checkpoints of a run.")
 app.add_typer(checkpoint, name="checkpoint")
-for command in (sample.sample, evaluate.evaluate, cluster.submit, cluster.status, cluster.doctor):
+for command in (plan, sample.sample, evaluate.evaluate, cluster.submit, cluster.status, cluster.doctor):
     app.command()(command)
 app.add_typer(cluster.array, name="array")
 app.add_typer(cluster.job, name="job")

@@ -46,7 +46,7 @@ def submit(
 ) -> None:
     """Submit a pre-training run to SLURM. It saves and queues itself again until it is complete.
 
-    Example: llada-train submit configs/pretrain/llada_8b.yaml --nodes 32 cluster.slurm.partition=gpu
+    Example: llada-train submit configs/pretrain/llada_8b.yaml --nodes 40 cluster.slurm.partition=gpu
     """
     from llada_train.cluster import submit as submission
 
@@ -164,8 +164,13 @@ def doctor(
     links: Annotated[
         bool, typer.Option("--links", help="As tasks of srun or torchrun: the network between the nodes.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
-    """Is this node fit to train? Versions, disk, clock, CPU, GPUs and their rates. Exit code 1: it is not."""
+    """What is installed, what a run will use, what is missing; is this node fit to train? Exit code 1: it is not.
+
+    With --output, as jobs do before each start, only the node's health: disk, clock, CPU, GPUs and their rates.
+    """
+    from llada_train.cluster.environment import findings
     from llada_train.cluster.health import LINKS_FILE, measure
     from llada_train.config.cluster import ClusterConfig, NodeConfig
     from llada_train.config.load import load
@@ -185,16 +190,25 @@ def doctor(
         measure_links(site, output)
         typer.echo(f"wrote {output / LINKS_FILE}")
         return
+    found = [] if output is not None else findings(site.node.gpus)
     report = measure(site, output)
-    for name, value in (*report.versions.items(), *report.facts.items(), *report.per_gpu.items()):
-        told = ", ".join(f"{v:.0f}" for v in value) if isinstance(value, list) else value
-        typer.echo(f"{name:28}  {told}")
-    for problem in report.problems:
+    problems = [f"{one.subject}: {one.found}" for one in found if one.fault] + report.problems
+    if as_json:
+        told = {"environment": [dataclasses.asdict(one) for one in found], "node": dataclasses.asdict(report)}
+        typer.echo(json.dumps({**told, "problems": problems}, indent=2))
+        raise typer.Exit(int(bool(problems)))
+    for one in found:
+        typer.echo(f"{one.subject:28}  {one.found}" + (f"  → {one.remedy}" if one.remedy else ""))
+    versions = {} if found else report.versions
+    for name, value in (*versions.items(), *report.facts.items(), *report.per_gpu.items()):
+        rates = ", ".join(f"{v:.0f}" for v in value) if isinstance(value, list) else value
+        typer.echo(f"{name:28}  {rates}")
+    for problem in problems:
         typer.echo(f"{report.node}: AT FAULT: {problem}")
-    if not report.problems:
+    if not problems:
         limits = "by the site's limits" if cluster is not None else "but rates have no limits without --cluster"
         typer.echo(f"{report.node}: no fault found, {limits}")
-    raise typer.Exit(int(bool(report.problems)))
+    raise typer.Exit(int(bool(problems)))
 
 
 Folder = Annotated[Path, typer.Argument(help="Of the submission.")]

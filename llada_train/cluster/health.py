@@ -73,9 +73,12 @@ def measure(cluster: ClusterConfig, output: Path | None = None) -> Report:
         ("CPU", _cpu),
     ]
     if cluster.node.gpus:
-        from llada_train.cluster.gpu_health import GPU_CHECKS
+        try:
+            from llada_train.cluster.gpu_health import GPU_CHECKS
 
-        checks += GPU_CHECKS
+            checks += GPU_CHECKS
+        except Exception as error:  # a torch whose libraries are missing, for one
+            report.problems.append(f"torch cannot be imported: {type(error).__name__}: {error}")
     for name, check in checks:
         doing[0] = name
         try:

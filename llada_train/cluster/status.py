@@ -11,24 +11,14 @@ from typing import Any
 from llada_train.checkpoint.store import FOLDER, checkpoints, step_of
 from llada_train.cluster import slurm
 from llada_train.config.errors import UserError
+from llada_train.plan.chips import chip_of_device
+from llada_train.plan.flops import utilization
 from llada_train.training.journal import HEARTBEAT_FILE, RANKS_FILE, read_history, read_state
 from llada_train.training.metrics import METRICS_FILE
 
 SILENT_SECONDS = 120.0  # at least, and some steps: then a heartbeat is late
 TAIL_BYTES = 1 << 18
 AT_WORK = ("starting", "training", "validating", "saving", "silent")  # states
-# Dense bf16, of the SXM modules if not said (NVIDIA's data sheets), by a part of the device's name; the first one
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "H800": 989.4e12,
-    "GH200": 989.4e12,
-    "A100": 312e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-}
 
 Json = dict[str, Any]
 
@@ -163,10 +153,10 @@ def _mfu(train: Json | None, start: Json | None) -> tuple[float | None, str | No
     """Model FLOPs per second over the peak of all GPUs; or why it is not known."""
     if train is None or start is None:
         return None, "no step is logged yet"
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in start["device"]), None)
-    if peak is None:
+    chip = chip_of_device(start["device"])
+    if chip is None:
         return None, f"the peak of a {start['device']} is not known"
-    return train["model_flops_per_second"] / (peak * start["processes"]), None
+    return utilization(train["model_flops_per_second"], chip.peak_flops, start["processes"]), None
 
 
 def _wall_seconds(history: Sequence[Json], beat: Json | None) -> float:

@@ -4,8 +4,9 @@ Each fault is (key, message); the key says where it can be mended.
 """
 
 import math
+from functools import cache
 
-from llada_train.config.schema import Config
+from llada_train.config.schema import Config, ParallelConfig
 
 
 def cross_section_problems(config: Config) -> list[tuple[str, str]]:
@@ -49,6 +50,7 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
         f"{parallel.zero_stage} splits gradients that pipeline stages still add to; with pipeline_parallel {pp} use "
         "zero_stage 1, or set pipeline_parallel to 1",
     )
+    found += _zero_problems(parallel)
     split_evenly = length % cp == 0
     check(
         split_evenly,
@@ -82,6 +84,32 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
             f"it can be {-(-size // training.micro_batch_size) * training.micro_batch_size}",
         )
     return found + _schedule_problems(config) + _token_count_problems(config)
+
+
+def _zero_problems(parallel: ParallelConfig) -> list[tuple[str, str]]:
+    """Settings that DeepSpeed passes over, or breaks, at this stage of ZeRO."""
+    stage, found = parallel.zero_stage, []
+    defaults = ParallelConfig()
+    all_at_once = "ZeRO 1 reduces all gradients at once, after backward"
+    reasons = {
+        "overlap_comm": all_at_once,
+        "reduce_scatter": all_at_once,
+        "reduce_bucket_size": all_at_once,
+        "offload_optimizer": "ZeRO 1 keeps a whole fp32 gradient on the GPU, and DeepSpeed offloads nothing with it",
+    }
+    for name, reason in reasons.items():
+        if stage == 1 and getattr(parallel, name) and getattr(parallel, name) != getattr(defaults, name):
+            message = f"{reason}; set zero_stage to 2 or 3 (without pipeline stages), or leave this out"
+            found.append((f"parallel.{name}", message))
+    if stage != 3 and parallel.prefetch_bucket_size != defaults.prefetch_bucket_size:
+        message = f"ZeRO {stage} gathers no weights while it computes; set zero_stage to 3, or leave this out"
+        found.append(("parallel.prefetch_bucket_size", message))
+    if stage == 2 and parallel.overlaps_reduction and parallel.scatters_reduction:
+        message = "ZeRO 2 would wait for each message; set overlap_comm to false or zero_stage to 3, or leave this out"
+        found.append(("parallel.reduce_scatter", message))
+    if stage == 3 and not parallel.scatters_reduction:
+        found.append(("parallel.reduce_scatter", "ZeRO 3 always does; leave it out"))
+    return found
 
 
 def _schedule_problems(config: Config) -> list[tuple[str, str]]:
@@ -179,5 +207,6 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
     ]
 
 
+@cache
 def _divisors(number: int) -> str:
     return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)

@@ -220,6 +220,33 @@ class ParallelConfig(Section):
         description="DeepSpeed ZeRO over data and context parallelism: 1 splits the optimizer state, 2 gradients too, "
         "3 weights too",
     )
+    overlap_comm: bool | None = Field(
+        default=None, description="reduce gradients while backward goes on; none: with ZeRO 2 and 3, ZeRO 1 cannot"
+    )
+    reduce_scatter: bool | None = Field(
+        default=None,
+        description="each rank receives the gradients of its own part alone, half the bytes of an all-reduce; "
+        "none: with ZeRO 3, which does nothing else. ZeRO 2 can without overlap_comm, by a message for each rank, so "
+        "for few ranks on a slow network",
+    )
+    reduce_bucket_size: PositiveInt = Field(
+        default=50_000_000, description="with ZeRO 2 and 3: gradient elements reduced at once"
+    )
+    prefetch_bucket_size: NonNegativeInt = Field(
+        default=50_000_000, description="with ZeRO 3: weight elements gathered ahead of their use; 0: none"
+    )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="with ZeRO 2 and 3: master weights and moments lie in pinned host memory; the CPUs update them",
+    )
+
+    @property
+    def overlaps_reduction(self) -> bool:
+        return self.zero_stage > 1 if self.overlap_comm is None else self.overlap_comm
+
+    @property
+    def scatters_reduction(self) -> bool:
+        return self.zero_stage == 3 if self.reduce_scatter is None else self.reduce_scatter
 
     @property
     def processes_per_row(self) -> int:

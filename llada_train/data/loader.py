@@ -11,13 +11,12 @@ import torch
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch, Segments
-from llada_train.data.place import ALONE, Place
+from llada_train.data.place import ALONE, MASKED_MULTIPLE, Place
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
 from llada_train.data.tokenizer import Tokenizer
 from llada_train.objective.forward_process import Noise, training_noise, validation_noise
 
-MASKED_MULTIPLE = 256  # few different K keep kernels and allocator blocks few
 FILLER = -1  # sample_index of a row that only fills a batch up
 
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from llada_train.config.schema import ParallelConfig
 
+# Masked positions of a micro-batch are padded to a multiple: few different numbers keep kernels and blocks few.
+MASKED_MULTIPLE = 256
+
 
 @dataclass(frozen=True)
 class Place:

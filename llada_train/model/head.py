@@ -19,8 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from llada_train.data.batch import Batch
-
-CHUNK = 1 << 28  # logits that are held at once: 1 GiB of fp32
+from llada_train.model.sizes import CHUNK
 
 
 class _LogNormaliserAndTarget(torch.autograd.Function):
@@ -40,7 +39,7 @@ class _LogNormaliserAndTarget(torch.autograd.Function):
         size = max(1, CHUNK // V)
         ctx.pieces = [slice(start, start + size) for start in range(0, len(rows), size)]
         told = torch.empty(2, len(rows), device=rows.device)
-        ctx.softmax = None
+        kept = None
         for at in ctx.pieces:
             logits = rows[at] @ weight.t()
             highest = logits.max(dim=1).values.float()
@@ -52,18 +51,18 @@ class _LogNormaliserAndTarget(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
             told[:, at] = torch.stack([sums[0].log(), sums[1]]) + highest
             if len(ctx.pieces) == 1:  # kept, so that it need not be made again
-                ctx.softmax = softmax.div_(sums[0].unsqueeze(1))
-        ctx.save_for_backward(rows, weight, local, here, told)
+                kept = softmax.div_(sums[0].unsqueeze(1))
+        ctx.save_for_backward(rows, weight, local, here, told, kept)  # an attribute of ctx would outlive backward
         return told
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight, local, here, told = ctx.saved_tensors
+        rows, weight, local, here, told, kept = ctx.saved_tensors
         to_normaliser, to_target = gradient[0], torch.where(here, gradient[1], 0.0)
         to_rows = torch.empty_like(rows)
-        to_weight = torch.zeros_like(weight, dtype=weight.dtype if ctx.softmax is not None else torch.float32)
+        to_weight = torch.zeros_like(weight, dtype=weight.dtype if kept is not None else torch.float32)
         for at in ctx.pieces:
-            softmax = ctx.softmax
+            softmax = kept
             if softmax is None:
                 softmax = (rows[at] @ weight.t() - told[0, at].unsqueeze(1)).exp_()
             scores = softmax.mul_(to_normaliser[at].unsqueeze(1))

@@ -6,9 +6,12 @@ parameter counts all read it. Shapes: H hidden, V padded vocabulary, F feed-forw
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llada_train.config.schema import ModelConfig
 
+# Logits that the head holds at once: 1 GiB of fp32. More of them are made in pieces, and once more in backward.
+CHUNK = 1 << 28
 # The kinds of fp32 state that a run keeps of each tensor; the moments have Adam's own names.
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 
@@ -81,11 +84,14 @@ def non_embedding_parameter_count(model: ModelConfig) -> int:
     return parameter_count(model) - 2 * model.padded_vocab_size * model.hidden_size
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Forward and backward model FLOPs of one token: 6·N + 12·L·S·d.
+def layers_of_stages(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage in the order of the forward pass; the last, with the head, never has more."""
+    return [num_layers // stages + (i < num_layers % stages) for i in range(stages)]
 
-    N leaves out the input embedding (a lookup); attention is not causal; the head counts in full although only masked
-    positions pass through it, so that figures compare with other trainers'.
-    """
-    matrices = parameter_count(model) - model.padded_vocab_size * model.hidden_size
-    return 6 * matrices + 12 * model.num_layers * sequence_length * model.hidden_size
+
+def stage_of(name: str, num_layers: int, stages: int) -> int:
+    """Which of the pipeline's stages holds a tensor of `tensor_specs`."""
+    if name.startswith("decoder.layers."):
+        layer, ends = int(name.split(".")[2]), accumulate(layers_of_stages(num_layers, stages))
+        return next(stage for stage, end in enumerate(ends) if layer < end)
+    return 0 if name.startswith("embedding.") else stages - 1

@@ -26,6 +26,7 @@ from llada_train.model.attention import AttentionInputs, BidirectionalAttention,
 from llada_train.model.head import MaskedHead
 from llada_train.model.layer import GatedMLP, TransformerLayer
 from llada_train.model.norm import RMSNorm
+from llada_train.model.sizes import layers_of_stages
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -38,8 +39,8 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def _stages(num_layers: int, stages: int) -> list[list[str]]:
-    """What each stage holds, in the order of the forward pass; the last, with the head, never has more layers."""
-    layers = [["decoder"] * (num_layers // stages + (i < num_layers % stages)) for i in range(stages)]
+    """What each stage holds, in the order of the forward pass."""
+    layers = [["decoder"] * count for count in layers_of_stages(num_layers, stages)]
     return [["embedding", *layers[0]], *layers[1:-1], [*layers[-1], "loss"]]
 
 

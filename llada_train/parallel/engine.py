@@ -33,9 +33,6 @@ from llada_train.parallel.replicas import check_replicas
 from llada_train.parallel.topology import Topology
 from llada_train.parallel.zero import FlatPartition, Fragment, ParameterPartition
 
-# Elements that are reduced at once, but by ZeRO 1 in bf16. DeepSpeed's default of 5e8 is a buffer of 2 GB, which ZeRO 3
-# never frees.
-BUCKET = 50_000_000
 T_BUCKETS = 10  # equal ranges of the mask probability over which the bound is reported
 
 
@@ -122,7 +119,7 @@ class Engine:
             model_config.no_sync_func = self._before_the_last_micro_batch
 
     def _deepspeed_engine(self) -> Any:
-        optimizer = self.config.optimizer
+        optimizer, parallel = self.config.optimizer, self.config.parallel
         decayed = [s.parameter for s in self.shards if s.spec.init_std is not None]
         norms = [s.parameter for s in self.shards if s.spec.init_std is None]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": norms, "weight_decay": 0.0}]
@@ -144,10 +141,19 @@ class Engine:
                 "gradient_clipping": optimizer.gradient_clipping,
                 "zero_optimization": {
                     "stage": self._zero_stage,
-                    "reduce_bucket_size": BUCKET,
+                    "overlap_comm": parallel.overlaps_reduction,
+                    # What DeepSpeed's ZeRO 2 calls reduce_scatter is an all-reduce, unless it may not join the messages
+                    # to several ranks.
+                    "reduce_scatter": True,
+                    "use_multi_rank_bucket_allreduce": not parallel.scatters_reduction,
+                    "reduce_bucket_size": parallel.reduce_bucket_size,
+                    "stage3_prefetch_bucket_size": parallel.prefetch_bucket_size,
                     # Norms alone stay whole under ZeRO 3, at any size of the model.
                     "stage3_param_persistence_threshold": self.config.model.hidden_size,
+                    "offload_optimizer": {"device": "cpu" if parallel.offload_optimizer else "none"},
                 },
+                # torch's fused AdamW is as fast on CPUs as DeepSpeed's own, which has to be compiled on each machine.
+                "zero_force_ds_cpu_optimizer": False,
                 # ZeRO 2 takes the mean in bf16, which rounds if the ranks are not a power of two.
                 "gradient_allreduce_op": "mean" if self._zero_stage == 3 else "sum",
                 "bf16": {"enabled": self.bf16, "immediate_grad_update": self._adds_gradients_in_hooks},

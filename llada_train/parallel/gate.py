@@ -19,7 +19,9 @@ class Gate:
         self._accepts: Accepts = lambda loss, norm: True
         self._loss, self._norm = 0.0, 0.0
         self._answer: bool | None = None
+        self._withheld: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         optimizer.optimizer.register_step_pre_hook(self._before_adam)
+        optimizer.optimizer.register_step_post_hook(self._after_adam)
 
     def apply(self, update: Callable[[], None], accepts: Accepts, loss: float) -> tuple[float, bool]:
         """Run DeepSpeed's `update`: (gradient norm before clipping, was it applied?), equal on all ranks.
@@ -29,6 +31,9 @@ class Gate:
         """
         self._accepts, self._loss, self._norm, self._answer = accepts, loss, math.inf, None
         update()
+        if self._answer is None:
+            # It was not finite. DeepSpeed forgets it, but not the fp32 sums of an offloaded ZeRO 2 in bf16.
+            getattr(self._optimizer, "averaged_gradients", {}).clear()
         return self._norm, bool(self._answer)
 
     def _before_adam(self, adam: torch.optim.Optimizer, *_: Any) -> None:
@@ -38,4 +43,11 @@ class Gate:
             self._norm = float(norm)
             self._answer = self._accepts(self._loss, self._norm)
         if not self._answer:
+            partitions = [partition for group in adam.param_groups for partition in group["params"]]
+            self._withheld = [(partition, partition.grad) for partition in partitions]
             adam.zero_grad(set_to_none=True)
+
+    def _after_adam(self, *_: Any) -> None:
+        for partition, gradient in self._withheld:  # with an offloaded optimizer DeepSpeed uses them again
+            partition.grad = gradient
+        self._withheld = []

@@ -14,9 +14,9 @@ from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, ModelConfig
 from llada_train.data.loader import GlobalBatch, TrainingLoader, Validation
 from llada_train.data.timeline import Phase, Timeline
-from llada_train.model.sizes import flops_per_token
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
 from llada_train.parallel.topology import any_rank, gather
+from llada_train.plan.flops import flops_per_token
 from llada_train.training.guard import Guard
 from llada_train.training.journal import Journal
 from llada_train.training.learning_rate import learning_rate

@@ -18,7 +18,6 @@ from llada_train.data.loader import Row
 from llada_train.model import attention, head, norm
 from llada_train.objective import forward_process
 from llada_train.objective.forward_process import Noise
-from llada_train.parallel import engine
 
 
 def norm_gradients_of_a_slice() -> AbstractContextManager[Any]:
@@ -91,11 +90,6 @@ def _deepspeed_with(settings: dict[str, Any]) -> AbstractContextManager[Any]:
     return patch.object(deepspeed, "initialize", changed)
 
 
-def small_buckets() -> AbstractContextManager[Any]:
-    """No fault: gradients are reduced in buckets smaller than most parameters."""
-    return patch.object(engine, "BUCKET", 5000)
-
-
 def head_in_pieces() -> AbstractContextManager[Any]:
     """No fault: the logits of a micro-batch are made in dozens of pieces, as those of 8B are in several."""
     return patch.object(head, "CHUNK", 5000)
@@ -139,7 +133,6 @@ FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         causal_attention,
         bf16_on_the_wire,
         bf16_sums,
-        small_buckets,
         head_in_pieces,
         unweighted_loss,
         loss_at_every_position,

@@ -15,6 +15,8 @@ OBJECTIVE = {"random_length_probability": 0.1, "epsilon": 0.05}
 # Layers that no number of stages divides; grouped-query heads, cut up to the number of key-value heads.
 MODEL = {"num_layers": 9, "hidden_size": 128, "num_heads": 8, "num_kv_heads": 4, "ffn_hidden_size": 192}
 
+DEEPSPEED = ("overlap_comm", "reduce_scatter", "reduce_bucket_size", "prefetch_bucket_size", "offload_optimizer")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -27,6 +29,12 @@ class Layout:
     zero_stage: int = 1
     recompute: str = "none"
     micro_batch_size: int | None = None  # None: as few micro-batches as fill the pipeline (interleaved: twice)
+    # DeepSpeed's own settings, as parallel's
+    overlap_comm: bool | None = None
+    reduce_scatter: bool | None = None
+    reduce_bucket_size: int = 50_000_000
+    prefetch_bucket_size: int = 50_000_000
+    offload_optimizer: bool = False
 
     @property
     def processes(self) -> int:
@@ -49,6 +57,7 @@ class Layout:
         parts += ["sp"] * self.sequence_parallel + [f"zero{self.zero_stage}"]
         parts += [self.recompute] * (self.recompute != "none")
         parts += [f"mbs{self.micro_batch_size}"] * (self.micro_batch_size is not None)
+        parts += [f"{name}={getattr(self, name)}" for name in DEEPSPEED if getattr(self, name) != getattr(Layout, name)]
         return "-".join(parts)
 
     @property
@@ -63,15 +72,17 @@ class Layout:
         filling = self.pipeline_parallel * (2 if self.virtual_pipeline_parallel > 1 else 1)
         micro_batch_size = self.micro_batch_size or rows // max(2, filling)
         parallel = ("tensor_parallel", "pipeline_parallel", "virtual_pipeline_parallel", "context_parallel")
+        parallel += ("sequence_parallel", "zero_stage", *DEEPSPEED)
         return {
-            "parallel": {name: getattr(self, name) for name in (*parallel, "sequence_parallel", "zero_stage")},
+            "parallel": {name: getattr(self, name) for name in parallel},
             "training": {"recompute": self.recompute, "micro_batch_size": micro_batch_size},
         }
 
     @property
     def overrides(self) -> list[str]:
         sections = self.settings.items()
-        return [f"{section}.{key}={value}" for section, values in sections for key, value in values.items()]
+        settings = ((f"{section}.{key}", value) for section, values in sections for key, value in values.items())
+        return [f"{key}={'null' if value is None else value}" for key, value in settings]
 
     @property
     def accepted(self) -> bool:
@@ -98,6 +109,10 @@ CHOSEN = [
     Layout(3, zero_stage=2),  # not a power of two: a mean over the ranks would round
     Layout(4, zero_stage=3, micro_batch_size=4),
     Layout(8, zero_stage=2),
+    # Single parameters are larger than these buckets, as at 8B.
+    Layout(2, zero_stage=2, reduce_bucket_size=5000, offload_optimizer=True, micro_batch_size=8),
+    Layout(2, zero_stage=2, reduce_bucket_size=5000, overlap_comm=False, reduce_scatter=True, recompute="selective"),
+    Layout(2, zero_stage=3, reduce_bucket_size=5000, prefetch_bucket_size=0, offload_optimizer=True),
     Layout(tensor_parallel=2),
     Layout(tensor_parallel=4, sequence_parallel=True, recompute="selective"),
     Layout(2, tensor_parallel=2, sequence_parallel=True, zero_stage=2),

@@ -70,10 +70,3 @@ def test_the_head_may_work_in_pieces(matrices: dict[str, Matrix], kind: str, spl
     """Logits that are more than memory is to hold; against one process that has them whole."""
     matrix = matrices[kind]
     matrix.check(matrix.run(split, fault="head_in_pieces"))
-
-
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_gradients_may_be_reduced_in_many_buckets(matrices: dict[str, Matrix], zero_stage: int) -> None:
-    """As they are at 8B, where single parameters are larger than a bucket."""
-    matrix = matrices["bf16"]
-    matrix.check(matrix.run(Layout(2, zero_stage=zero_stage), fault="small_buckets"))

@@ -18,6 +18,8 @@ BF16 = "training.precision=bf16"
         pytest.param([BF16], id="bf16"),
         pytest.param([BF16, "parallel.zero_stage=2"], id="bf16-zero2"),
         pytest.param(["parallel.zero_stage=3"], id="fp32-zero3"),
+        pytest.param([BF16, "parallel={zero_stage: 2, offload_optimizer: true}"], id="bf16-zero2-offload"),
+        pytest.param([BF16, "parallel={zero_stage: 3, offload_optimizer: true}"], id="bf16-zero3-offload"),
         pytest.param([BF16, "parallel.tensor_parallel=2", "parallel.sequence_parallel=true"], id="bf16-tp2"),
         pytest.param([BF16, "parallel.pipeline_parallel=2"], id="bf16-pp2"),
     ],

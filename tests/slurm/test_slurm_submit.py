@@ -47,14 +47,14 @@ def test_without_slurm(tiny_data: Path, tmp_path: Path, run_command) -> None:  #
     assert "disk, MB/s" in done.stdout and "no fault found, but rates have no limits" in done.stdout
 
 
-def test_8b_on_32_nodes(slurm: Cluster, tmp_path: Path) -> None:
+def test_8b_on_40_nodes(slurm: Cluster, tmp_path: Path) -> None:
     """The shipped recipe and site as they are, before there is data: SLURM takes the script for nodes of 8 GPUs."""
-    command = ("submit", "configs/pretrain/llada_8b.yaml", "--nodes", 32, "--dry-run", f"run_dir={tmp_path}/8b")
+    command = ("submit", "configs/pretrain/llada_8b.yaml", "--nodes", 40, "--dry-run", f"run_dir={tmp_path}/8b")
     site = ("cluster.slurm.account=lab", "cluster.environment.modules=[cuda/12.8]", "cluster.node.gpu_type=h100")
     rendered = slurm.llada_train(*command, *site)
     assert rendered.returncode == 0, rendered
     script = rendered.stdout
-    for line in ("--nodes=33", "--ntasks-per-node=8", "--gpus-per-node=h100:8", "--cpus-per-task=12", "--account=lab"):
+    for line in ("--nodes=41", "--ntasks-per-node=8", "--gpus-per-node=h100:8", "--cpus-per-task=12", "--account=lab"):
         assert f"#SBATCH {line}\n" in script
     assert "export NCCL_IB_HCA=mlx5\n" in script and "module load cuda/12.8\n" in script
     assert "learning_rate" not in script and "batch_size" not in script  # nothing of the recipe is in shell

@@ -120,6 +120,38 @@ def good(tmp_path: Path) -> Path:
             )
             for stage in (2, 3)
         ),
+        *(
+            (
+                [f"parallel.{setting}={value}"],
+                f"parallel.{setting}",
+                "set zero_stage to 2 or 3 (without pipeline stages), or leave this out",
+                [f"parallel={{zero_stage: 3, {setting}: {value}}}"],
+            )
+            for setting, value in {
+                "overlap_comm": "true",
+                "reduce_scatter": "true",
+                "reduce_bucket_size": "1000",
+                "offload_optimizer": "true",
+            }.items()
+        ),
+        (
+            ["parallel={zero_stage: 2, prefetch_bucket_size: 0}"],
+            "parallel.prefetch_bucket_size",
+            "ZeRO 2 gathers no weights while it computes; set zero_stage to 3, or leave this out",
+            ["parallel.zero_stage=3", "parallel={zero_stage: 2}"],
+        ),
+        (
+            ["parallel={zero_stage: 2, reduce_scatter: true}"],
+            "parallel.reduce_scatter",
+            "set overlap_comm to false or zero_stage to 3, or leave this out",
+            ["parallel.overlap_comm=false", "parallel.zero_stage=3", "parallel.reduce_scatter=null"],
+        ),
+        (
+            ["parallel={zero_stage: 3, reduce_scatter: false}"],
+            "parallel.reduce_scatter",
+            "ZeRO 3 always does; leave it out",
+            ["parallel.reduce_scatter=null"],
+        ),
         (
             ["data.sequence_length=129"],
             "data.sequence_length",

@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 from llada_train.config.schema import ModelConfig
 from llada_train.model.sizes import (
     TensorSpec,
-    flops_per_token,
+    layers_of_stages,
     non_embedding_parameter_count,
     parameter_count,
     slice_runs,
+    stage_of,
+    tensor_specs,
 )
 
 LLADA_8B = ModelConfig(
@@ -30,8 +32,13 @@ def test_parameter_counts_are_the_papers(model: ModelConfig, total: int, non_emb
     assert non_embedding_parameter_count(model) == non_embedding
 
 
-def test_flops_count_non_causal_attention_and_no_input_embedding() -> None:
-    assert flops_per_token(LLADA_8B, 4096) == 6 * 7_497_584_640 + 12 * 32 * 4096 * 4096
+@pytest.mark.parametrize("stages", [1, 4, 8, 22])
+def test_stages_follow_each_other_and_the_last_has_the_head(stages: int) -> None:
+    counts = layers_of_stages(LLADA_1B.num_layers, stages)
+    assert sum(counts) == 22 and counts[-1] == min(counts) and max(counts) - min(counts) <= 1
+    found = [stage_of(name, 22, stages) for name in tensor_specs(LLADA_1B)]
+    assert found == sorted(found) and (found[0], found[-2], found[-1]) == (0, stages - 1, stages - 1)
+    assert [found.count(i) for i in range(1, stages - 1)] == [6 * count for count in counts[1:-1]]
 
 
 @given(

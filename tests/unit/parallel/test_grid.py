@@ -134,9 +134,8 @@ def assert_reads_the_batch_once(config: Config, blocks: Sequence[range]) -> None
 
 @pytest.fixture(scope="module")
 def grid() -> Config:
-    return load_config(
-        PRETRAIN / "llada_8b.yaml", ["parallel.tensor_parallel=8", "parallel.pipeline_parallel=4"], WORLD_SIZE
-    )
+    parallel = "parallel={tensor_parallel: 8, pipeline_parallel: 4, sequence_parallel: true}"
+    return load_config(PRETRAIN / "llada_8b.yaml", [parallel], WORLD_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -181,14 +180,15 @@ def test_data_parallel_ranks_of_1024_read_the_batch_once(grid: Config, model_cop
 
 @pytest.fixture(scope="module")
 def interleaved() -> Config:
-    overrides = {
-        "parallel.tensor_parallel": 4,
-        "parallel.pipeline_parallel": 4,
-        "parallel.context_parallel": 2,
-        "parallel.virtual_pipeline_parallel": 2,
-        "training.micro_batch_size": 2,
+    parallel = {
+        "tensor_parallel": 4,
+        "pipeline_parallel": 4,
+        "context_parallel": 2,
+        "virtual_pipeline_parallel": 2,
+        "sequence_parallel": True,
     }
-    return load_config(PRETRAIN / "llada_8b.yaml", [f"{key}={n}" for key, n in overrides.items()], WORLD_SIZE)
+    overrides = [f"parallel={json.dumps(parallel)}", "training.micro_batch_size=2"]
+    return load_config(PRETRAIN / "llada_8b.yaml", overrides, WORLD_SIZE)
 
 
 @pytest.fixture(scope="module")
