@@ -20,13 +20,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from pydantic import ValidationError
 from torch import Tensor
 
 from llada_train.config.errors import UserError
 from llada_train.convert.load import best_device, load_plain
 from llada_train.data.tokenizer import CHAT_TOKENS
 from llada_train.evaluation.likelihood import log_likelihoods
-from llada_train.evaluation.suite import Settings
+from llada_train.evaluation.suite import Settings, problems
 from llada_train.sampling.denoiser import PlainDenoiser
 from llada_train.sampling.options import SamplingOptions
 from llada_train.sampling.text import chat_text, continue_prompts, encode_special
@@ -52,7 +53,10 @@ class HarnessModel(TemplateLM):
             UserError: no model there, or an unknown setting.
         """
         super().__init__()
-        self.settings = Settings.model_validate(settings)
+        try:
+            self.settings = Settings.model_validate(settings)
+        except ValidationError as error:
+            raise UserError(f"llada-train: {problems(error)}") from None
         self._batch_size = int(batch_size)
         self._rank, self._world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if self._world_size > 1 and not dist.is_initialized():
@@ -101,7 +105,7 @@ class HarnessModel(TemplateLM):
             settings.seed,
             settings.cfg,
             self._batch_size,
-            _keys([[*context, -1, *answer] for context, answer in pairs]),
+            request_keys([[*context, -1, *answer] for context, answer in pairs]),
             self.on_progress,
         )
         greedy = self._greedy(pairs) if settings.check_greedy else [False] * len(pairs)
@@ -149,7 +153,7 @@ class HarnessModel(TemplateLM):
             temperature = float(given.get("temperature", 0.0)) if given.get("do_sample") else settings.temperature
             groups.setdefault((length, temperature), []).append(number)
         ends = [self._tokenizer.eos_id, *([eot] if (eot := self._tokenizer.id_of(CHAT_TOKENS[-1])) else [])]
-        keys = _keys([self.tok_encode(request.args[0]) for request in requests])
+        keys = request_keys([self.tok_encode(request.args[0]) for request in requests])
         for (length, temperature), numbers in groups.items():
             options = replace(settings.sampling(ends), temperature=temperature)
             room = self._max_length - length
@@ -191,7 +195,7 @@ class HarnessModel(TemplateLM):
             dist.barrier()
 
 
-def _keys(requests: Sequence[Sequence[int]]) -> list[int]:
+def request_keys(requests: Sequence[Sequence[int]]) -> list[int]:
     """A number for each request that its tokens alone decide, and how often they have come before."""
     seen: Counter[tuple[int, ...]] = Counter()
     keys = []

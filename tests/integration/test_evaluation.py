@@ -89,6 +89,8 @@ def test_tasks_of_the_harness_are_scored_as_by_hand(
     model: Path, local_tasks: Path, tmp_path: Path, offline: dict[str, str]
 ) -> None:
     """Two processes share the requests; what they find is what the estimators and the sampler give by themselves."""
+    from llada_train.evaluation.harness import request_keys
+
     suite, output = tmp_path / "suite.yaml", tmp_path / "results.json"
     suite.write_text(
         "settings: {samples: 4, cfg: 0.5, seed: 7}\ntasks: [{task: local_choice}, {task: local_answer, chat: true}, "
@@ -106,15 +108,13 @@ def test_tasks_of_the_harness_are_scored_as_by_hand(
 
     plain, tokenizer = load_plain(model)
     scorer = PlainDenoiser(plain, plain.config.embedding_size)
-    from llada_train.evaluation.harness import _keys
-
     right = 0
     for one in DOCUMENTS:
         pairs = []
         for choice in one["choices"]:  # type: ignore[attr-defined]
             whole, context = tokenizer.encode_batch([one["question"] + choice, one["question"]])  # type: ignore[list-item,operator]
             pairs.append((context, whole[len(context) :]))
-        keys = _keys([[*context, -1, *answer] for context, answer in pairs])
+        keys = request_keys([[*context, -1, *answer] for context, answer in pairs])
         scores = log_likelihoods(scorer, pairs, tokenizer.mask_id, samples=4, seed=7, cfg=0.5, keys=keys)
         right += max(range(2), key=lambda i: scores[i].value) == one["answer"]
     assert results["local_choice"]["value"] == pytest.approx(right / 3)
@@ -131,6 +131,10 @@ def test_the_registered_class_answers_as_the_sampler(model: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 
+    from llada_train.evaluation.harness import request_keys
+
+    with pytest.raises(UserError, match="cgf"):
+        get_model("llada-train").create_from_arg_string(f"pretrained={model},cgf=1")
     made = get_model("llada-train").create_from_arg_string(f"pretrained={model},temperature=1.0", {"batch_size": 2})
     request = [("say", {"until": [], "max_gen_toks": 5}), ("so", {"until": "e", "max_gen_toks": 5})]
     instances = [Instance("generate_until", {}, one, i) for i, one in enumerate([*request, request[0]])]
@@ -139,8 +143,6 @@ def test_the_registered_class_answers_as_the_sampler(model: Path) -> None:
     assert made.generate_until(instances[:1]) == [first]
     plain, tokenizer = load_plain(model)
     options = SamplingOptions(temperature=1.0, seed=1234)
-    from llada_train.evaluation.harness import _keys
-
     ids = tokenizer.encode_batch(["say"])
     answer = continue_prompts(
         PlainDenoiser(plain, tokenizer.vocab_size),
@@ -149,7 +151,7 @@ def test_the_registered_class_answers_as_the_sampler(model: Path) -> None:
         options,
         tokenizer.mask_id,
         [tokenizer.eos_id],
-        keys=_keys(ids),
+        keys=request_keys(ids),
     )
     assert tokenizer.decode(answer[0]) == first
     chat = made.apply_chat_template([{"role": "user", "content": "hi"}])
