@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llada_train.cluster import commands as cluster
-from llada_train.commands import train
+from llada_train.commands import evaluate, sample, train
 from llada_train.config.errors import UserError
 from llada_train.plan.command import plan
 
@@ -32,7 +32,16 @@ convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints to and fro
 app.add_typer(convert, name="convert")
 checkpoint = typer.Typer(no_args_is_help=True, help="List, verify and thin out the checkpoints of a run.")
 app.add_typer(checkpoint, name="checkpoint")
-for command in (train.pretrain, train.sft, plan, cluster.submit, cluster.status, cluster.doctor):
+for command in (
+    train.pretrain,
+    train.sft,
+    plan,
+    sample.sample,
+    evaluate.evaluate,
+    cluster.submit,
+    cluster.status,
+    cluster.doctor,
+):
     app.command()(command)
 app.add_typer(cluster.array, name="array")
 app.add_typer(cluster.job, name="job")
@@ -41,11 +50,6 @@ app.add_typer(cluster.job, name="job")
 class Precision(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
-
-
-class Remasking(StrEnum):
-    low_confidence = "low_confidence"
-    random = "random"
 
 
 @convert.command("to-hf")
@@ -92,121 +96,6 @@ def from_hf(
         f"wrote {output} in {time.monotonic() - started:,.0f} s: {parameter_count(model):,} parameters; begin a run "
         f"from it with init_from={output} model={output / 'model.yaml'}"
     )
-
-
-@app.command()
-def sample(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, a run folder or a checkpoint.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    infill: Annotated[
-        str | None, typer.Option(help="Text with <|mdm_mask|> wherever a token is to be filled in.")
-    ] = None,
-    gen_length: Annotated[int, typer.Option(min=1, help="Tokens to generate after a prompt.")] = 64,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; as many as masks if left out.")] = None,
-    block_length: Annotated[
-        int | None, typer.Option(min=1, help="Fill blocks of so many tokens from left to right; one block if left out.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    remasking: Annotated[
-        Remasking, typer.Option(help="Which positions are kept at each step.")
-    ] = Remasking.low_confidence,
-    seed: Annotated[int, typer.Option(help="Of the temperature's noise and of random remasking.")] = 0,
-) -> None:
-    """Fill in masks: continue a prompt, or complete a text with masks anywhere.
-
-    Example: llada-train sample runs/demo/hf --infill 'import <|mdm_mask|><|mdm_mask|>'
-    """
-    if (prompt is None) == (infill is None):
-        raise UserError("sample: give either --prompt or --infill")
-    from llada_train.convert.load import load_plain
-    from llada_train.data.tokenizer import MASK_TOKEN
-    from llada_train.sampling.sampler import SamplingOptions
-    from llada_train.sampling.text import complete_text, continue_text
-
-    plain, tokenizer = load_plain(model)
-
-    def logits(ids: Any) -> Any:
-        return plain(ids).logits[..., : tokenizer.vocab_size]  # not the rows that only pad the vocabulary
-
-    masks = gen_length if infill is None else infill.count(MASK_TOKEN)
-    # One mask a step, if not told otherwise; the sampler wants equally many steps in each block.
-    per_block = min(block_length or masks, masks) or 1
-    steps = steps or -(-masks // per_block) * per_block or 1
-    options = SamplingOptions(steps, block_length, temperature, remasking.value, seed)
-    if infill is not None:
-        typer.echo(complete_text(logits, tokenizer, infill, options))
-    elif prompt is not None:
-        typer.echo(continue_text(logits, tokenizer, prompt, gen_length, options))
-
-
-@app.command()
-def evaluate(
-    source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder (its newest) or a step-*.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead.")] = None,
-) -> None:
-    """Bound on the held-out documents, against unigram and bigram models of the same tokens; on a GPU (bf16) or CPU.
-
-    Of an SFT run: bound on the held-out responses, and how many of them the model gives exactly.
-    """
-    import torch
-
-    from llada_train.checkpoint.reader import open_verified
-    from llada_train.convert.plain import plain_model
-    from llada_train.data.opening import open_data
-    from llada_train.data.rows import PretrainingData
-    from llada_train.data.sft import SftData
-    from llada_train.evaluation.answers import AnswersReport, answers_report
-    from llada_train.evaluation.report import held_out_report
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with open_verified(source) as weights:
-        config = weights.config
-        plain = plain_model(weights, config.model, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
-    data = open_data(config)
-
-    def logits(ids: Any) -> Any:
-        return plain(ids.to(device)).logits[..., : data.tokenizer.vocab_size].to(ids.device)
-
-    report: Any
-    if isinstance(data, SftData):
-        with _progress("answers to held-out prompts") as advance:
-            report = answers_report(logits, data, advance)
-    else:
-        assert isinstance(data, PretrainingData)
-        with _progress("bound on held-out rows") as advance:
-            report = held_out_report(lambda ids: plain(ids.to(device)).logits, data, config, advance)
-    text = json.dumps(dataclasses.asdict(report), indent=2)
-    if output is not None:
-        temporary = output.with_name(f"{output.name}.tmp")
-        temporary.write_text(f"{text}\n", encoding="utf-8")
-        temporary.replace(output)
-        return
-    if as_json:
-        typer.echo(text)
-        return
-    if isinstance(report, AnswersReport):
-        for prompt, response, answer in report.samples:
-            typer.echo(f"{prompt!r}: {response!r}, answered {answer!r}")
-        typer.echo(
-            f"{report.exact_matches:,} of {report.examples:,} held-out answers exact ({report.exact_match:.1%}); bound "
-            f"{report.bound:.3f} nats per token of responses"
-        )
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{report.tokens:,} held-out tokens, {report.text_bytes:,} bytes")
-    for column in ("", "nats per token", "bits per byte"):
-        table.add_column(column, justify="right" if column else "left")
-    error = f"± {report.bound_standard_error:.3f}"
-    for name, score, spread in (
-        ("model, upper bound", report.bound, error),
-        ("bigram, add-one", report.bigram, ""),
-        ("unigram entropy", report.unigram, ""),
-    ):
-        table.add_row(name, f"{score.nats_per_token:.3f} {spread:7}", f"{score.bits_per_byte:.3f}")
-    Console().print(table)
 
 
 @checkpoint.command("list")

@@ -92,6 +92,10 @@ class Tokenizer:
             found[id] = self._backend.bytes_of(token)
         return found
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; None: there is none of this name."""
+        return self._backend.vocab.get(token)
+
     def normalized(self, text: str) -> str:
         """The text that the tokens of `text` stand for."""
         return self._backend.normalized(text)

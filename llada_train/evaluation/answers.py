@@ -9,7 +9,9 @@ from torch import Tensor
 
 from llada_train.config.errors import UserError
 from llada_train.data.sft import SftData
-from llada_train.sampling.sampler import SamplingOptions, infill
+from llada_train.sampling.denoiser import every_position
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.sampler import infill
 
 BATCH = 16
 STEPS = 32  # at most, of one answer
@@ -60,7 +62,8 @@ def answers_report(
         for start in range(0, len(members), BATCH):
             batch = members[start : start + BATCH]
             ids = torch.tensor([prompts[i] + [data.tokenizer.mask_id] * gen_length for i in batch])
-            filled = infill(logits_fn, ids, SamplingOptions(steps=min(gen_length, STEPS)), data.tokenizer.mask_id)
+            options = SamplingOptions(steps=min(gen_length, STEPS))
+            filled = infill(every_position(logits_fn), ids, options, data.tokenizer.mask_id)
             answers |= {
                 i: until(data.tokenizer.eos_id, row[length:]) for i, row in zip(batch, filled.tolist(), strict=True)
             }

@@ -18,6 +18,8 @@ class Bound:
     mean: float
     standard_error: float
     """As if the rows' noise were independent; t is spread evenly, so the true one is smaller."""
+    rows: np.ndarray
+    """The estimate of each row, [M]."""
 
 
 @torch.no_grad()
@@ -63,7 +65,7 @@ def variational_bound(
         on_progress(stop, M)
     values = torch.cat(estimates)
     spread = values.std().item() if M > 1 else math.inf
-    return Bound(values.mean().item(), spread / math.sqrt(M))
+    return Bound(values.mean().item(), spread / math.sqrt(M), values.numpy())
 
 
 def _nll_of_pieces(

@@ -1,60 +1,45 @@
-"""LLaDA's reverse process: predict every mask, keep the best predictions, go on (paper §2.4, Alg. 4 and 5).
+"""LLaDA's reverse process: predict masks, keep some of the predictions, go on (paper §2.4, Alg. 4 and 5).
 
-The details are the released generate.py's: a fixed number of tokens at each step, and none is masked again.
+What is committed is never masked again. Every draw is a function of (seed, the row's key, the row's own step), and each
+row goes its own way, so that its result does not depend on the rows beside it. Rows are kept on the CPU; the denoiser
+takes them where its model is. Shapes: B rows, L columns, N positions whose logits are wanted, V ids.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from llada_train.config.errors import UserError
+from llada_train.sampling.cache import CachedDenoiser
+from llada_train.sampling.denoiser import Denoiser, PlainDenoiser, Query, guided
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.predict import predict
+from llada_train.sampling.schedule import keyed_uniforms, random_steps, step_seed, transfer_counts
 
-LogitsFn = Callable[[Tensor], Tensor]
-"""Token ids [B, L] → logits [B, L, V]. It alone decides which ids can come out: 0..V−1."""
-
-Remasking = Literal["low_confidence", "random"]
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to fill in masks.
-
-    Raises:
-        UserError: a value out of range.
-    """
-
-    steps: int
-    """Forward passes, over all blocks."""
-    block_length: int | None = None
-    """Masks that are filled in before the next ones to the right (semi-autoregressive); None: all at once."""
-    temperature: float = 0.0
-    """0: the most probable token; 1: a draw from the model's distribution."""
-    remasking: Remasking = "low_confidence"
-    """Which predictions to keep: the most probable ones (Alg. 5), or random ones (Alg. 4)."""
-    seed: int = 0
-    allow_mask_id: bool = False
-    """Let the model predict the mask id itself, which then stays in the output, as the released code does."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"sampling: steps is {self.steps}; give at least 1")
-        if self.block_length is not None and self.block_length < 1:
-            raise UserError(f"sampling: block length is {self.block_length}; give at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UserError(f"sampling: temperature is {self.temperature}; give 0 or more")
-        if self.remasking not in get_args(Remasking):
-            raise UserError(f"sampling: remasking is {self.remasking!r}; give one of {', '.join(get_args(Remasking))}")
+OnStep = Callable[[list[tuple[int, int, int, float]]], None]
+"""Gets what a forward pass settled: (row, column, id, the model's probability of it without temperature)."""
 
 
-def generate(logits_fn: LogitsFn, prompt: Tensor, gen_length: int, options: SamplingOptions, mask_id: int) -> Tensor:
+def generate(
+    denoiser: Denoiser,
+    prompt: Tensor,
+    gen_length: int,
+    options: SamplingOptions,
+    mask_id: int,
+    visible: Tensor | None = None,
+    keys: Sequence[int] | None = None,
+    on_step: OnStep = lambda settled: None,
+) -> Tensor:
     """Continue each prompt by `gen_length` tokens.
 
     Args:
-        prompt: [B, P] int64, without masks; P may be 0.
+        prompt: [B, P] int64, without masks; P may be 0. Prompts of several lengths are padded on the left.
+        visible: [B, P] bool, False where a prompt is padding.
+        keys, on_step: as of `infill`.
 
     Returns:
         [B, P + gen_length]: prompt and continuation.
@@ -63,95 +48,119 @@ def generate(logits_fn: LogitsFn, prompt: Tensor, gen_length: int, options: Samp
         UserError: gen_length is not a multiple of the block length, steps not of the number of blocks, or the prompt
             holds masks.
     """
-    if gen_length < 1:
-        raise UserError(f"sampling: the length is {gen_length}; give at least 1")
-    if options.block_length is not None and gen_length % options.block_length:
-        raise UserError(f"sampling: length {gen_length} is not a multiple of block length {options.block_length}")
+    options.check_length(gen_length)
     if (prompt == mask_id).any():
         raise UserError(f"sampling: the prompt holds the mask id {mask_id}; fill it in with infill")
-    return infill(logits_fn, torch.nn.functional.pad(prompt, (0, gen_length), value=mask_id), options, mask_id)
+    ids = torch.nn.functional.pad(prompt, (0, gen_length), value=mask_id)
+    if visible is not None:
+        visible = torch.nn.functional.pad(visible, (0, gen_length), value=True)
+    return infill(denoiser, ids, options, mask_id, visible, keys, on_step)
 
 
 @torch.no_grad()
-def infill(logits_fn: LogitsFn, ids: Tensor, options: SamplingOptions, mask_id: int) -> Tensor:
+def infill(
+    denoiser: Denoiser,
+    ids: Tensor,
+    options: SamplingOptions,
+    mask_id: int,
+    visible: Tensor | None = None,
+    keys: Sequence[int] | None = None,
+    on_step: OnStep = lambda settled: None,
+) -> Tensor:
     """Fill in the masks of `ids`, wherever they are; the other tokens stay.
 
-    Blocks are counted in masks, from the left, in each row. Within a block of n masks and s steps, each step commits
-    n // s predictions, and the first n % s steps one more.
+    Blocks are counted in masks, from the left, in each row.
 
     Args:
-        ids: [B, L] int64; rows may differ in their numbers of masks.
+        ids: [B, L] int64 on the CPU; rows may differ in their numbers of masks.
+        visible: [B, L] bool, False where a column is padding, on whichever side.
+        keys: of the rows' randomness, 0 … 2⁶⁴ − 1; their places if left out.
+        on_step: gets what each forward pass settled.
 
     Returns:
         [B, L].
 
     Raises:
-        UserError: steps is not a multiple of the number of blocks.
+        UserError: steps is not a multiple of a row's number of blocks, or the model has no cache that is asked for.
     """
+    if options.cache != "none":
+        if not isinstance(denoiser, PlainDenoiser):
+            raise UserError(f"sampling: this model keeps no keys and values; leave out the cache {options.cache!r}")
+        denoiser = CachedDenoiser(denoiser, options.cache)
     ids = ids.clone()
     masked = ids == mask_id
-    most = int(masked.sum(1).max()) if masked.any() else 0
-    if not most:
-        return ids
-    block_length = options.block_length or most
-    blocks = -(-most // block_length)
-    if options.steps % blocks:
-        fitting = -(-options.steps // blocks) * blocks
-        raise UserError(
-            f"sampling: {options.steps} steps are not a multiple of the {blocks} blocks "
-            f"({most} masks, block length {block_length}); the next larger number is {fitting}"
-        )
-    steps_per_block = options.steps // blocks
-    generator = torch.Generator(ids.device).manual_seed(options.seed)
-    block_of = torch.where(masked, (masked.cumsum(1) - 1) // block_length, -1)
-    for block in range(blocks):
-        counts = transfer_counts((block_of == block).sum(1), steps_per_block)
-        for step in range(steps_per_block):
-            candidates = (block_of == block) & (ids == mask_id)
-            if counts[:, step].any():
-                _commit(ids, candidates, counts[:, step], logits_fn(ids), options, mask_id, generator)
+    keys = range(len(ids)) if keys is None else keys
+    steps = [options.steps_per_block(masks) for masks in masked.sum(1).tolist()]
+    ways = [_steps(*row, options, mask_id) for row in zip(ids, steps, keys, strict=True)]
+    done = 0
+    while asked := [(row, step) for row, way in enumerate(ways) if (step := next(way, None)) is not None]:
+        at = torch.tensor([row for row, _ in asked])
+        block, wanted = torch.zeros(2, len(at), ids.shape[1], dtype=torch.bool)
+        for i, (_, step) in enumerate(asked):
+            block[i, step.block], wanted[i, step.wanted] = True, True
+        query = Query(ids[at], wanted, None if visible is None else visible[at], at, block)
+        logits = guided(denoiser, query, ~masked[at], mask_id, options.cfg, len(ids))
+        sizes = [len(step.wanted) for _, step in asked]
+        seeds = [step_seed(options.seed, keys[row], done) for row, _ in asked] if options.temperature else []
+        predicted, confidence = predict(logits, sizes, seeds, options, mask_id)
+        settled: list[tuple[int, int, int, float]] = []
+        for (row, step), tokens, sure in zip(asked, predicted.split(sizes), confidence.split(sizes), strict=True):
+            kept = step.keep(sure)
+            columns = step.wanted[kept]
+            ids[row, columns] = tokens[kept]
+            settled += zip(repeat(row), columns.tolist(), tokens[kept].tolist(), sure[kept].tolist())
+        on_step(settled)
+        done += 1
     return ids
 
 
-def transfer_counts(masks: Tensor, steps: int) -> Tensor:
-    """Tokens to commit at each step: n // steps, the remainder one each to the first steps. [B] → [B, steps]."""
-    extra = torch.arange(steps, device=masks.device) < (masks % steps)[:, None]
-    return (masks // steps)[:, None] + extra
+@dataclass(frozen=True)
+class _Step:
+    """What a row wants predicted. What it keeps has to be in the row when the next step is asked for."""
+
+    block: Tensor
+    """Columns of the block in hand."""
+    wanted: Tensor
+    """[n] columns, some of the block's."""
+    keep: Callable[[Tensor], Tensor]
+    """Confidences [n] → which of the n predictions to keep."""
 
 
-def _commit(
-    ids: Tensor,
-    candidates: Tensor,
-    counts: Tensor,
-    logits: Tensor,
-    options: SamplingOptions,
-    mask_id: int,
-    generator: torch.Generator,
-) -> None:
-    """Write the best `counts` [B] predictions for the positions `candidates` [B, L] into `ids` [B, L]."""
-    scores = logits[candidates].double()  # [N, V]
-    if not options.allow_mask_id and mask_id < scores.shape[-1]:
-        scores[:, mask_id] = -torch.inf
-    predicted = _draw(scores, options.temperature, generator)
-    if options.remasking == "random":
-        chosen = torch.rand(len(scores), generator=generator, dtype=torch.float64, device=ids.device)
-    else:
-        chosen = scores.softmax(-1).gather(1, predicted[:, None])[:, 0]
-    confidence = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=ids.device)
-    confidence[candidates] = chosen
-    proposal = ids.clone()
-    proposal[candidates] = predicted
-    rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    committed = candidates & (rank < counts[:, None])
-    ids[committed] = proposal[committed]
+def _steps(ids: Tensor, steps: int, key: int, options: SamplingOptions, mask_id: int) -> Iterator[_Step]:
+    """The way of one row [L], which is filled in meanwhile; `steps` of each block."""
+    masks = (ids == mask_id).nonzero()[:, 0]
+    if not len(masks):
+        return
+    uniforms = keyed_uniforms(options.seed, key, len(masks))
+    length = options.block_length or len(masks)
+    for number, (block, of_block) in enumerate(zip(masks.split(length), uniforms.split(length), strict=True)):
+        if options.remasking == "random":
+            when = random_steps(len(block), steps, options, of_block)
+            for step in when.unique():
+                yield _Step(block, block[when == step], _all)
+        elif options.threshold is not None:
+            while len(left := block[ids[block] == mask_id]):
+                yield _Step(block, left, partial(_at_least, options.threshold))
+        else:
+            # The released code also takes up again what earlier blocks left as masks.
+            scope = masks[: (number + 1) * length] if options.rules == "released" else block
+            for transfers in transfer_counts(len(block), steps, options):
+                if transfers:
+                    yield _Step(block, scope[ids[scope] == mask_id], partial(_best, transfers))
+        if torch.isin(ids[masks], torch.tensor(options.stop_ids)).any():
+            ids[masks[ids[masks] == mask_id]] = options.stop_ids[0]
+            return
 
 
-def _draw(scores: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """A token from softmax(scores / temperature) in each row, by the Gumbel-max trick in fp64. [N, V] → [N].
+def _all(confidence: Tensor) -> Tensor:
+    return torch.arange(len(confidence))
 
-    argmax of exp(score) / (−ln U)^T, in logarithms; lower precision distorts the draw (arXiv 2409.02908).
-    """
-    if temperature == 0:
-        return scores.argmax(-1)
-    uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float64, device=scores.device)
-    return (scores - temperature * (-uniform.log()).log()).argmax(-1)
+
+def _at_least(threshold: float, confidence: Tensor) -> Tensor:
+    enough = confidence >= threshold
+    enough[confidence.argmax()] = True
+    return enough.nonzero()[:, 0]
+
+
+def _best(transfers: int, confidence: Tensor) -> Tensor:
+    return confidence.argsort(descending=True, stable=True)[:transfers]

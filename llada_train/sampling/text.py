@@ -1,26 +1,99 @@
-"""Text in, text out: prompts, and texts with mask tokens anywhere."""
+"""Batches of prompts, and of texts with mask tokens anywhere; each row's result is that of the row alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 
 import torch
-from torch import Tensor
 
 from llada_train.config.errors import UserError
-from llada_train.data.tokenizer import MASK_TOKEN, Tokenizer
-from llada_train.sampling.sampler import LogitsFn, SamplingOptions, generate, infill
+from llada_train.data.tokenizer import BOS_TOKEN, CHAT_TOKENS, EOS_TOKEN, MASK_TOKEN, Tokenizer
+from llada_train.sampling.denoiser import Denoiser
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.sampler import OnStep, infill
+
+Messages = Sequence[Mapping[str, str]]
+"""{"role": "user", "content": …}, one after the other."""
+OnProgress = Callable[[int, int], None]
+"""Gets (tokens done, tokens in all)."""
 
 
-def continue_text(
-    logits_fn: LogitsFn, tokenizer: Tokenizer, prompt: str, gen_length: int, options: SamplingOptions
-) -> str:
-    """The prompt and its continuation by `gen_length` tokens; text after the first end-of-text is cut (paper §2.4)."""
-    start = _ids(tokenizer.encode_batch([prompt])[0])
-    ids = generate(logits_fn, start, gen_length, options, tokenizer.mask_id)[0, start.shape[1] :].tolist()
-    if tokenizer.eos_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_id)]
-    return prompt + tokenizer.decode(ids)
+def fill_rows(
+    denoiser: Denoiser,
+    rows: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    mask_id: int,
+    batch_size: int = 8,
+    keys: Sequence[int] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    on_step: OnStep = lambda settled: None,
+) -> list[list[int]]:
+    """Fill in the masks of rows of any lengths, `batch_size` at a time, those of like lengths together.
+
+    Args:
+        rows: token ids with masks anywhere.
+        keys: of the rows' randomness; their places if left out.
+        on_step: as of `infill`; it counts rows within a batch.
+
+    Raises:
+        UserError: as `infill`.
+    """
+    masks = [list(row).count(mask_id) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    filled: dict[int, list[int]] = {}
+    done = 0
+    for start in range(0, len(rows), batch_size):
+        batch = order[start : start + batch_size]
+        length = max(len(rows[i]) for i in batch)
+        ids = torch.tensor([[*rows[i], *[-1] * (length - len(rows[i]))] for i in batch])
+        visible = ids >= 0
+
+        def count(settled: list[tuple[int, int, int, float]]) -> None:
+            nonlocal done
+            done += len(settled)
+            on_progress(done, sum(masks))
+            on_step(settled)
+
+        out = infill(
+            denoiser,
+            ids.clamp(min=0),
+            options,
+            mask_id,
+            None if visible.all() else visible,
+            [i if keys is None else keys[i] for i in batch],
+            count,
+        )
+        filled |= {i: row[: len(rows[i])].tolist() for i, row in zip(batch, out, strict=True)}
+        done = sum(masks[i] for i in filled)
+        on_progress(done, sum(masks))
+    return [filled[i] for i in range(len(rows))]
 
 
-def complete_text(logits_fn: LogitsFn, tokenizer: Tokenizer, text: str, options: SamplingOptions) -> str:
-    """`text` with each mask token in it filled in.
+def continue_prompts(
+    denoiser: Denoiser,
+    prompts: Sequence[Sequence[int]],
+    gen_length: int,
+    options: SamplingOptions,
+    mask_id: int,
+    end_ids: Sequence[int],
+    batch_size: int = 8,
+    keys: Sequence[int] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[list[int]]:
+    """The answers to prompts, of at most `gen_length` tokens; the first of `end_ids` and what follows are cut (§2.4).
+
+    Arguments and errors as of `fill_rows`; the prompts hold no masks.
+    """
+    options = replace(options, stop_ids=tuple(end_ids))
+    options.check_length(gen_length)
+    rows = [[*prompt, *[mask_id] * gen_length] for prompt in prompts]
+    filled = fill_rows(denoiser, rows, options, mask_id, batch_size, keys, on_progress)
+    answers = [row[len(prompt) :] for row, prompt in zip(filled, prompts, strict=True)]
+    return [[*takewhile(lambda id: id not in end_ids, answer)] for answer in answers]
+
+
+def with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of `text`, with a mask for each mask token in it.
 
     Raises:
         UserError: there is none.
@@ -31,8 +104,57 @@ def complete_text(logits_fn: LogitsFn, tokenizer: Tokenizer, text: str, options:
     ids = pieces[0]
     for piece in pieces[1:]:
         ids = [*ids, tokenizer.mask_id, *piece]
-    return tokenizer.decode(infill(logits_fn, _ids(ids), options, tokenizer.mask_id)[0].tolist())
+    return ids
 
 
-def _ids(ids: list[int]) -> Tensor:
-    return torch.tensor([ids], dtype=torch.int64)
+def chat_ids(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """A conversation in LLaDA's chat format, up to where the assistant's answer begins.
+
+    The names of special tokens inside a message are text.
+
+    Raises:
+        UserError: the tokenizer lacks tokens of the format, or a message its role or content.
+    """
+    special = {token: tokenizer.id_of(token) for token in (BOS_TOKEN, *CHAT_TOKENS)}
+    if missing := [token for token, id in special.items() if id is None]:
+        raise UserError(
+            f"chat: the tokenizer has no {', '.join(missing)}; give a plain prompt, or a model made for chat"
+        )
+    ids: list[int] = []
+    for piece in _chat_pieces(messages):
+        id = special.get(piece)
+        ids += tokenizer.encode_batch([piece[1:]])[0] if id is None else [id]
+    return ids
+
+
+def chat_text(messages: Messages, answer_begins: bool = True) -> str:
+    """The same as text; `answer_begins`: with the header of an answer to come."""
+    pieces = list(_chat_pieces(messages))
+    pieces = pieces if answer_begins else pieces[:-4]
+    return "".join(piece[1:] if piece.startswith(_TEXT) else piece for piece in pieces)
+
+
+def encode_special(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of `text`, in which the names of the chat format's tokens, and of end of text, are these tokens."""
+    names = {name: id for name in (BOS_TOKEN, EOS_TOKEN, *CHAT_TOKENS) if (id := tokenizer.id_of(name)) is not None}
+    ids: list[int] = []
+    while text:
+        at, name = min(((text.find(name), name) for name in names if name in text), default=(len(text), ""))
+        ids += tokenizer.encode_batch([text[:at]])[0] if at else []
+        ids += [names[name]] if name else []
+        text = text[at + len(name) :]
+    return ids
+
+
+_TEXT = "\0"  # marks what is not a special token
+
+
+def _chat_pieces(messages: Messages) -> list[str]:
+    start, end, eot = CHAT_TOKENS
+    pieces = [BOS_TOKEN]
+    for message in messages:
+        if not {"role", "content"} <= message.keys():
+            raise UserError(f"chat: a message has a role and a content, not {', '.join(message) or 'nothing'}")
+        content = message["content"].strip()
+        pieces += [start, _TEXT + message["role"], end, f"{_TEXT}\n\n{content}", eot]
+    return [*pieces, start, f"{_TEXT}assistant", end, f"{_TEXT}\n\n"]

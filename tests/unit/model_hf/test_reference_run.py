@@ -1,54 +1,19 @@
 """Numbers of the released modelling and sampling code, run once on a tiny model with weights given by a formula."""
 
 import math
-from collections.abc import Iterator
 from itertools import combinations
 
 import pytest
 import torch
+from reference_model import MASK, formula_model
 from torch import Tensor
 
-from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM, mask_tokens
-from llada_train.sampling.sampler import SamplingOptions, generate
+from llada_train.sampling.denoiser import every_position
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.sampler import generate
 
-MASK = 15
 IDS = torch.tensor([[3, 1, 15, 7, 0]])
-
-
-def tensor_names(layers: int) -> Iterator[str]:
-    yield "model.transformer.wte.weight"
-    for i in range(layers):
-        for name in (
-            "attn_norm",
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "attn_out",
-            "ff_norm",
-            "ff_proj",
-            "up_proj",
-            "ff_out",
-        ):
-            yield f"model.transformer.blocks.{i}.{name}.weight"
-    yield "model.transformer.ln_f.weight"
-    yield "model.transformer.ff_out.weight"
-
-
-def formula_model(kv_heads: int, a: float = 0.5, c: float = 0.0) -> LLaDAModelLM:
-    """Element j of tensor n is sin(1 + 0.37j + 1.7n + c·j²), scaled by a in matrices, 1 + 0.1· in norms."""
-    sizes = {"d_model": 8, "n_heads": 2, "n_kv_heads": kv_heads, "n_layers": 2, "mlp_hidden_size": 12, "vocab_size": 16}
-    config = LLaDAConfig(**sizes, mask_token_id=MASK, eos_token_id=0, pad_token_id=0)
-    model = LLaDAModelLM(config).eval()
-    parameters = dict(model.named_parameters())
-    names = list(tensor_names(layers=2))
-    assert set(names) == set(parameters)
-    for n, name in enumerate(names):
-        parameter = parameters[name]
-        j = torch.arange(parameter.numel(), dtype=torch.float64)
-        v = torch.sin(1 + 0.37 * j + 1.7 * n + c * j**2).float().view_as(parameter)
-        parameter.data = 1 + 0.1 * v if parameter.ndim == 1 else a * v
-    return model
 
 
 def logits(model: LLaDAModelLM, ids: Tensor) -> Tensor:
@@ -118,6 +83,6 @@ def masked_loss_rows(model: LLaDAModelLM, ids: Tensor, labels: Tensor, weights: 
 )
 def test_generate(steps: int, block_length: int, expected: list[int]) -> None:
     """The first one predicts, and so keeps, the mask id 15."""
-    model, options = formula_model(2, 0.8, 0.011), SamplingOptions(steps, block_length, allow_mask_id=True)
-    out = generate(lambda ids: model(ids).logits, torch.tensor([[3, 1]]), 8, options, MASK)
+    model, options = formula_model(2, 0.8, 0.011), SamplingOptions(steps, block_length, rules="released")
+    out = generate(every_position(lambda ids: model(ids).logits), torch.tensor([[3, 1]]), 8, options, MASK)
     assert out.tolist() == [[3, 1, *expected]]

@@ -1,20 +1,25 @@
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chisquare
+from scipy.stats import binom, chisquare
 from torch import Tensor
 
 from llada_train.config.errors import UserError
-from llada_train.sampling.sampler import SamplingOptions, generate, infill, transfer_counts
+from llada_train.sampling.denoiser import Query, every_position
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.sampler import generate, infill
+from llada_train.sampling.schedule import keyed_uniforms, masked_fractions, random_steps, transfer_counts
 
 V, MASK = 7, 3
 TABLE = torch.randn(12, V, generator=torch.Generator().manual_seed(1))  # logits by position
 
 
+@every_position
 def by_position(ids: Tensor) -> Tensor:
     return TABLE[: ids.shape[1]].expand(len(ids), -1, -1)
 
@@ -25,18 +30,25 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[Tensor] = []
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        self.asked.append(ids.clone())
-        return by_position(ids)
+    def __call__(self, query: Query) -> Tensor:
+        self.asked.append(query.ids)
+        return by_position(query)
 
 
 def no_mask(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, torch.tensor([MASK]), -torch.inf)
 
 
-def test_transfers_of_the_released_code() -> None:
-    counts = transfer_counts(torch.tensor([10, 4, 2, 0]), 4)
-    assert counts.tolist() == [[3, 3, 2, 2], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]
+def test_transfers() -> None:
+    released = SamplingOptions(rules="released")
+    assert [transfer_counts(n, 4, released) for n in (10, 4, 2)] == [[3, 3, 2, 2], [1, 1, 1, 1], [1, 1, 0, 0]]
+    paper = SamplingOptions()
+    assert [transfer_counts(n, 4, paper) for n in (10, 4, 2)] == [[2, 3, 2, 3], [1, 1, 1, 1], [0, 1, 0, 1]]
+    cosine = SamplingOptions(timesteps="cosine")  # t = .9619, .8536, .6913, .5, .3087, .1464, .0381, 0
+    assert transfer_counts(100, 8, cosine) == [3, 11, 16, 20, 19, 16, 11, 4]
+    assert masked_fractions(8, "cosine") == pytest.approx(
+        [0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060, 0], abs=1e-6
+    )
 
 
 @given(
@@ -60,7 +72,7 @@ def test_masks_anywhere_are_filled_and_nothing_else_changes(
 def test_greedy_takes_the_most_probable_token_but_never_the_mask() -> None:
     table = TABLE.clone()
     table[:, MASK] = 100
-    out = infill(lambda ids: table[None, :5], torch.full((1, 5), MASK), SamplingOptions(2), MASK)
+    out = infill(every_position(lambda ids: table[None, :5]), torch.full((1, 5), MASK), SamplingOptions(2), MASK)
     assert torch.equal(out[0], no_mask(TABLE[:5]).argmax(-1))
 
 
@@ -81,10 +93,10 @@ def test_confidence_ignores_the_temperature() -> None:
     asked: list[Tensor] = []
 
     def model(ids: Tensor) -> Tensor:
-        asked.append(ids.clone())
+        asked.append(ids)
         return model_logits
 
-    infill(model, torch.full((1, 2), MASK), SamplingOptions(steps=2, temperature=5.0), MASK)
+    infill(every_position(model), torch.full((1, 2), MASK), SamplingOptions(steps=2, temperature=5.0), MASK)
     assert asked[1][0, 0] == MASK and asked[1][0, 1] == 0
 
 
@@ -97,20 +109,24 @@ def test_blocks_go_from_left_to_right_from_the_first_generated_position() -> Non
 
 def test_rows_with_different_numbers_of_masks_do_not_disturb_each_other() -> None:
     ids = torch.tensor([[3, 1, 3, 3, 3, 0], [3, 1, 2, 4, 5, 3], [0, 1, 2, 4, 5, 6]])
-    options = SamplingOptions(steps=4, block_length=2)
+    options = SamplingOptions(4, block_length=2, temperature=1.0)
     together = infill(by_position, ids, options, MASK)
-    for row, out in zip(ids, together, strict=True):
-        assert torch.equal(infill(by_position, row[None], SamplingOptions(4), MASK)[0], out)
+    for key, (row, out) in enumerate(zip(ids, together, strict=True)):
+        assert torch.equal(infill(by_position, row[None], options, MASK, keys=[key])[0], out)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_tempered_distribution(temperature: float) -> None:
     n = 20_000
-    options = SamplingOptions(steps=1, temperature=temperature, seed=7)
-    out = infill(by_position, torch.full((n, 1), MASK), options, MASK)
+    out = infill(
+        every_position(lambda ids: TABLE[:1].expand(1, n, -1)),
+        torch.full((1, n), MASK),
+        SamplingOptions(steps=1, temperature=temperature, seed=7),
+        MASK,
+    )
     expected = n * (no_mask(TABLE[0].double()) / temperature).softmax(-1)
     keep = np.arange(V) != MASK
-    counts = np.bincount(out[:, 0].numpy(), minlength=V)
+    counts = np.bincount(out[0].numpy(), minlength=V)
     assert chisquare(counts[keep], expected.numpy()[keep]).pvalue > 1e-3
 
 
@@ -126,18 +142,39 @@ def test_exact_conditionals_sample_the_exact_joint() -> None:
         probability = torch.stack([(fits @ (rows == v).double()) for v in (0, 1)], dim=-1)
         return (probability / fits.sum(1)[:, None, None]).log()
 
-    n = 8_000
-    options = SamplingOptions(steps=3, temperature=1.0, remasking="random", seed=5)
-    out = infill(exact, torch.full((n, 3), mask), options, mask)
+    n = 2_000
+    options = SamplingOptions(steps=3, temperature=1.0, remasking="random", rules="released", seed=5)
+    out = infill(every_position(exact), torch.full((n, 3), mask), options, mask)
     counts = np.bincount((out @ torch.tensor([4, 2, 1])).numpy(), minlength=8)
     assert chisquare(counts, (n * joint.flatten()).numpy()).pvalue > 1e-3
 
 
-def test_random_remasking_commits_every_position_equally_often() -> None:
-    n, model = 4_000, Recorder()
-    infill(model, torch.full((n, 4), MASK), SamplingOptions(steps=4, remasking="random"), MASK)
-    first = (model.asked[1] != MASK).sum(0).numpy()
-    assert first.sum() == n and chisquare(first).pvalue > 1e-3
+@pytest.mark.parametrize(
+    ("timesteps", "left"), [("uniform", [0.75, 0.5, 0.25, 0]), ("cosine", [0.853553, 0.5, 0.146447, 0])]
+)
+def test_random_remasking_keeps_a_mask_with_probability_s_over_t(timesteps: Any, left: list[float]) -> None:
+    """Alg. 4: each mask by itself, so that those that go at a step are a binomial number."""
+    n, options = 2_000, SamplingOptions(steps=4, remasking="random", timesteps=timesteps)
+    when = torch.stack([random_steps(8, 4, options, keyed_uniforms(0, key, 8)) for key in range(n)])
+    expected = -np.diff([1.0, *left])
+    assert chisquare(np.bincount(when.flatten(), minlength=4), 8 * n * expected).pvalue > 1e-3
+    first = np.bincount((when == 0).sum(1), minlength=9)
+    assert chisquare(*_pooled(first, n * binom.pmf(range(9), 8, expected[0]))).pvalue > 1e-3
+    settled: list[int] = []
+    infill(by_position, torch.full((1, 8), MASK), options, MASK, on_step=lambda some: settled.append(len(some)))
+    assert settled == [count for count in np.bincount(when[0], minlength=4) if count]
+
+
+def test_random_remasking_of_the_released_code_commits_a_count() -> None:
+    n, options = 2_000, SamplingOptions(4, remasking="random", rules="released")
+    when = torch.stack([random_steps(4, 4, options, keyed_uniforms(1, key, 4)) for key in range(n)])
+    assert (when.sort(dim=1).values == torch.arange(4)).all()
+    assert chisquare((when == 0).sum(0)).pvalue > 1e-3
+
+
+def _pooled(observed: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rare last ones as one."""
+    return np.append(observed[:3], observed[3:].sum()), np.append(expected[:3], expected[3:].sum())
 
 
 def test_the_seed_decides_everything() -> None:
@@ -163,6 +200,13 @@ def test_no_more_forward_passes_than_masks() -> None:
         ({"steps": 1, "temperature": -1.0}, "temperature"),
         ({"steps": 1, "temperature": float("nan")}, "temperature"),
         ({"steps": 1, "remasking": "entropy"}, "low_confidence, random"),
+        ({"cfg": -0.5}, "cfg is -0.5"),
+        ({"threshold": 2.0}, "give a probability"),
+        ({"threshold": 0.9, "steps": 4}, "leave out the steps"),
+        ({"threshold": 0.9, "remasking": "random"}, "needs low_confidence"),
+        ({"timesteps": "cosine", "rules": "released"}, "uniform timesteps only"),
+        ({"seed": -1}, "seed is -1"),
+        ({"cache": "dual"}, "keeps no keys"),
         ({"steps": 4, "block_length": 3}, "8 is not a multiple of block length 3"),
         ({"steps": 5, "block_length": 2}, "next larger number is 8"),
     ],

@@ -1,0 +1,212 @@
+"""LLaDA as a model of lm-evaluation-harness, registered as `llada-train`.
+
+Scores are the Monte-Carlo estimates of llada_train.evaluation.likelihood, answers the sampler's; both are keyed by a
+request's own tokens, so that results depend neither on batches nor on the number of processes. Under torchrun each
+process takes its share of the requests.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from pydantic import ValidationError
+from torch import Tensor
+
+from llada_train.config.errors import UserError
+from llada_train.convert.load import best_device, load_plain
+from llada_train.data.tokenizer import CHAT_TOKENS
+from llada_train.evaluation.likelihood import log_likelihoods
+from llada_train.evaluation.suite import Settings, problems
+from llada_train.sampling.denoiser import PlainDenoiser
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.text import chat_text, continue_prompts, encode_special
+
+_KEY_BITS = 40
+
+
+@register_model("llada-train")
+class HarnessModel(TemplateLM):
+    """A Hugging Face folder, run folder or checkpoint."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """`settings`: as of llada_train.evaluation.suite.Settings; lm_eval gives them as model_args.
+
+        Raises:
+            UserError: no model there, or an unknown setting.
+        """
+        super().__init__()
+        try:
+            self.settings = Settings.model_validate(settings)
+        except ValidationError as error:
+            raise UserError(f"llada-train: {problems(error)}") from None
+        self._batch_size = int(batch_size)
+        self._rank, self._world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self._world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")
+        self._device = torch.device("cpu")  # of what processes tell each other
+        best, dtype = best_device()
+        if best.type == "cuda" and self._world_size > 1:
+            best = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        plain, self._tokenizer = load_plain(Path(pretrained), dtype)
+        plain = plain.to(best if device is None else torch.device(device))
+        self._max_length = plain.config.max_sequence_length
+        self._scorer = PlainDenoiser(plain, plain.config.embedding_size)  # as the released code, over all rows
+        self._sampler = PlainDenoiser(plain, self._tokenizer.vocab_size)
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"llada-{self._tokenizer.fingerprint}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return "llada"
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """LLaDA's format; without a generation prompt the last message goes on."""
+        text = chat_text(chat_history, answer_begins=add_generation_prompt)
+        return text if add_generation_prompt else text.removesuffix(CHAT_TOKENS[-1])
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return encode_special(self._tokenizer, string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._fitting(context, answer) for _, context, answer in requests]
+        settings = self.settings
+        scores = log_likelihoods(
+            self._scorer,
+            pairs,
+            self._tokenizer.mask_id,
+            settings.estimator,
+            settings.samples,
+            settings.seed,
+            settings.cfg,
+            self._batch_size,
+            request_keys([[*context, -1, *answer] for context, answer in pairs]),
+            self.on_progress,
+        )
+        greedy = self._greedy(pairs) if settings.check_greedy else [False] * len(pairs)
+        found = [(score.value, is_greedy) for score, is_greedy in zip(scores, greedy, strict=True)]
+        for (texts, _, _), one in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, one)
+        return found
+
+    def _fitting(self, context: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        """What the model can read of it: the end."""
+        answer = answer[-self._max_length :]
+        return context[max(0, len(context) + len(answer) - self._max_length) :], answer
+
+    def _greedy(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether greedy sampling, one token a step, gives the very answer."""
+        mask = self._tokenizer.mask_id
+        options = SamplingOptions(cfg=self.settings.cfg)
+        return [
+            continue_prompts(self._scorer, [context], len(answer), options, mask, ())[0] == answer
+            for context, answer in pairs
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, in windows as long as the model reads, each after the last token of the one before."""
+        windows: list[tuple[int, list[int], list[int]]] = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self._max_length - 1, 1)
+            windows += [(number, *make_disjoint_window(pair)) for pair in rolling]
+        scores = self._loglikelihood_tokens([(("", ""), context, answer) for _, context, answer in windows])
+        found = [0.0] * len(requests)
+        for (number, _, _), (score, _) in zip(windows, scores, strict=True):
+            found[number] += score
+        for request, score in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers of `gen_length` tokens, or of what the task gives, cut at its stop strings."""
+        settings, found = self.settings, [""] * len(requests)
+        groups: dict[tuple[int, float], list[int]] = {}
+        for number, request in enumerate(requests):
+            given = request.args[1]
+            length = settings.gen_length or int(given.get("max_gen_toks", 256))
+            temperature = float(given.get("temperature", 0.0)) if given.get("do_sample") else settings.temperature
+            groups.setdefault((length, temperature), []).append(number)
+        ends = [self._tokenizer.eos_id, *([eot] if (eot := self._tokenizer.id_of(CHAT_TOKENS[-1])) else [])]
+        keys = request_keys([self.tok_encode(request.args[0]) for request in requests])
+        for (length, temperature), numbers in groups.items():
+            options = replace(settings.sampling(ends), temperature=temperature)
+            room = self._max_length - length
+            if room < 1:
+                raise UserError(f"evaluate: gen_length {length} leaves no room in the {self._max_length} of the model")
+            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            answers = continue_prompts(
+                self._sampler,
+                prompts,
+                length,
+                options,
+                self._tokenizer.mask_id,
+                ends,
+                self._batch_size,
+                [keys[number] for number in numbers],
+                self.on_progress,
+            )
+            for number, answer in zip(numbers, answers, strict=True):
+                found[number] = _cut(self._tokenizer.decode(answer), requests[number].args[1].get("until", []))
+                self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
+        return found
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        if self._world_size == 1:
+            return tensor
+        parts = [torch.zeros_like(tensor) for _ in range(self._world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.stack(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self._world_size == 1:
+            return [obj]
+        gathered = [None] * self._world_size if self._rank == dst else None
+        dist.gather_object(obj, gathered, dst)
+        return gathered
+
+    def barrier(self) -> None:
+        if self._world_size > 1:
+            dist.barrier()
+
+
+def request_keys(requests: Sequence[Sequence[int]]) -> list[int]:
+    """A number for each request that its tokens alone decide, and how often they have come before."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    keys = []
+    for tokens in requests:
+        content = json.dumps([*tokens, seen[tuple(tokens)]]).encode()
+        seen[tuple(tokens)] += 1
+        keys.append(int.from_bytes(hashlib.sha256(content).digest()[: _KEY_BITS // 8]))
+    return keys
+
+
+def _cut(text: str, until: str | Sequence[str]) -> str:
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.split(stop)[0] if stop else text
+    return text
