@@ -5,16 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test soak check bench clean
+.PHONY: help install demo demo-sft test soak check bench clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
 		printf '  make %-8s %s\n' "$$name" "$$what"; done
 
 install: $(INSTALLED) ## Make .venv with everything in it
 
 demo: $(INSTALLED) ## Text to tokens to a trained model that fills in masks, in a few minutes on two cores
 	$(BIN)/python demo/run.py
+
+demo-sft: $(INSTALLED) ## Pairs to a model that answers held-out questions, in a few minutes on two cores
+	$(BIN)/python demo/sft.py
 
 # Two tests at a time, since they wait much; the tests of one file share what they start.
 test: $(INSTALLED) ## Run every test
@@ -38,7 +41,7 @@ bench: $(INSTALLED) ## Engine against a plain loop, layouts against arithmetic, 
 	$(BIN)/python benchmarks/cleaning.py
 
 clean: ## Remove what the commands above made, .venv and runs/demo included
-	rm -rf $(VENV) runs/demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs/demo runs/demo_sft build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that nothing that asks for "some torch" brings another one. DeepSpeed arrives as source;

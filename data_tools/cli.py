@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from data_tools.tokenize import Shard
     from data_tools.trace import TracedRow
     from llada_train.data.corpus import Manifest
-    from llada_train.data.rows import PretrainingData
+    from llada_train.data.training_data import TrainingData
 
 app = typer.Typer(
     name="llada-data",
@@ -48,10 +48,10 @@ def train_tokenizer_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a tokenizer with LLaDA's special tokens: mask, begin and end of text, and those of chat."""
-    from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
     from data_tools.train_tokenizer import Kind as TokenizerKind
     from data_tools.train_tokenizer import train_tokenizer
+    from llada_train.data.progress import ByteProgress
 
     _refuse_tokenizer(output, overwrite)
     sources = Sources(inputs, text_key)
@@ -114,9 +114,9 @@ def tokenize_command(
 
     The same command goes on where an interrupted one was.
     """
-    from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
     from data_tools.tokenize import tokenize
+    from llada_train.data.progress import ByteProgress
 
     sources = Sources(inputs, text_key)
     share = _shard(shard)
@@ -194,9 +194,9 @@ def trace_command(
 
     If the run folder has a checkpoint, what that recorded of the run so far is followed.
     """
-    from data_tools.progress import ByteProgress
     from data_tools.trace import find as find_uses
     from data_tools.trace import open_run, place, trace
+    from llada_train.data.progress import ByteProgress
 
     if (step is None) == (find is None) or find == "":
         raise UserError("trace: give either --step N or --find TEXT")
@@ -233,7 +233,7 @@ def _print_json(records: "Iterable[DataclassInstance]") -> None:
         print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), flush=True)
 
 
-def _print_rows(step: int, data: "PretrainingData", rows: "Sequence[TracedRow]") -> None:
+def _print_rows(step: int, data: "TrainingData", rows: "Sequence[TracedRow]") -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

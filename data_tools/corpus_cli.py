@@ -60,9 +60,9 @@ def verify_command(prefix: Prefixes, tokenizer: OfCorpus = None) -> None:
 
     Exits with 1 if something is wrong. What ids there are says its manifest, else --tokenizer.
     """
-    from data_tools.progress import ByteProgress
     from data_tools.verify import verify
     from llada_train.data.corpus import Corpus
+    from llada_train.data.progress import ByteProgress
 
     corpus, done = Corpus(prefix), 0
     with ByteProgress(corpus.num_tokens * corpus.dtype.itemsize) as progress:
@@ -90,9 +90,9 @@ def add_eos_command(
 ) -> None:
     """Copy a corpus of another tool, with an EOS after each document that lacks it."""
     from data_tools.parts import refuse_existing
-    from data_tools.progress import ByteProgress
     from data_tools.verify import add_eos
     from llada_train.data.corpus import Corpus
+    from llada_train.data.progress import ByteProgress
     from llada_train.data.tokenizer import Tokenizer
 
     if output.absolute() == Path(prefix).absolute():

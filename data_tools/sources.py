@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_tools.formats import DOCUMENT_LIMIT, TOO_LONG, Advance, Piece, Rejection, read, split
 from llada_train.config.errors import UserError
+from llada_train.data.formats import DOCUMENT_LIMIT, TOO_LONG, Advance, Piece, Rejection, read, split
 
 # What `datasets` writes beside the .arrow files of a folder.
 DATASET_FILES = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -52,9 +52,9 @@ def read_documents(piece: Piece, text_key: str, tally: Tally, advance: Advance) 
 class Sources:
     """The documents of files and folders, always in the same order.
 
-    `data_tools.formats` says which files hold one document and which many. A name with `*`, `?` or `[…]` that no file
-    has is a pattern (`**` for any folders). Folders are read with all folders in them, sorted by name, those that links
-    lead to included; names that begin with a dot are passed over. In a folder that `datasets` wrote, its
+    `llada_train.data.formats` says which files hold one document and which many. A name with `*`, `?` or `[…]` that no
+    file has is a pattern (`**` for any folders). Folders are read with all folders in them, sorted by name, those that
+    links lead to included; names that begin with a dot are passed over. In a folder that `datasets` wrote, its
     .arrow files are read in its own order. A file that is reached in several ways is read once.
 
     Iterating again begins again. Meanwhile `bytes_read` and `rejected` tell how far it is and what was left out.

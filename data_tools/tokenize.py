@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.encoder import choose, make_encoder
-from data_tools.formats import Piece
 from data_tools.parts import PartReport, Parts, refuse_existing
 from data_tools.sources import Sources, Tally, read_documents
 from data_tools.workers import batched, belong_to_parent
 from llada_train.config.errors import UserError
 from llada_train.data.corpus import Manifest
 from llada_train.data.corpus_writer import CorpusWriter, token_dtype
+from llada_train.data.formats import Piece
 from llada_train.data.tokenizer import Tokenizer
 
 SAMPLE_UNITS, SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 4, 8, 20_000  # that the fast encoder is tried on

@@ -12,6 +12,8 @@ from llada_train.config.schema import Config
 from llada_train.data.corpus import Corpus
 from llada_train.data.place import ALONE, Place, place_of
 from llada_train.data.rows import PretrainingData
+from llada_train.data.sft import SftData
+from llada_train.data.training_data import TrainingData
 from llada_train.objective.forward_process import training_noise
 from llada_train.training.preflight import check_corpora, open_inputs
 
@@ -52,7 +54,7 @@ class DocumentUse:
 
 def open_run(
     config_file: Path, overrides: Sequence[str] = (), processes: int | None = None
-) -> tuple[Config, PretrainingData]:
+) -> tuple[Config, TrainingData]:
     """The data of a config, in the order of its run: as its newest checkpoint records it, if there is one.
 
     Raises:
@@ -79,7 +81,7 @@ def place(config: Config, rank: int | None, processes: int | None) -> Place:
     return place_of(rank, processes, config.parallel)
 
 
-def trace(config: Config, data: PretrainingData, step: int, where: Place = ALONE) -> Iterator[TracedRow]:
+def trace(config: Config, data: TrainingData, step: int, where: Place = ALONE) -> Iterator[TracedRow]:
     """The rows that a place reads in step 1, 2, … of the run.
 
     Raises:
@@ -91,9 +93,32 @@ def trace(config: Config, data: PretrainingData, step: int, where: Place = ALONE
     except IndexError as error:
         raise UserError(f"--step {step}: {error}") from None
     phase = timeline.phase(first_sample)
-    size = phase.global_batch_size
-    noise = training_noise(config.seed, first_sample, size, phase.sequence_length, config.objective)
-    samples = where.samples(first_sample, size)
+    samples = where.samples(first_sample, phase.global_batch_size)
+    if isinstance(data, SftData):
+        yield from _dialogues(data, first_sample, samples)
+    elif isinstance(data, PretrainingData):
+        yield from _texts(config, data, first_sample, samples)
+
+
+def _dialogues(data: SftData, first_sample: int, samples: Sequence[int]) -> Iterator[TracedRow]:
+    """What is learnt of each stands in ⟦ ⟧; `length` counts the EOS that are learnt after it, too."""
+    epochs = data.places(samples).epoch.tolist()
+    for row, example, epoch in zip(data.rows(first_sample, samples), data.examples(samples), epochs, strict=True):
+        yield TracedRow(
+            sample=row.sample_index,
+            corpus=data.names[example.corpus],
+            epoch=epoch,
+            documents=[DocumentPart(example.dialogue, 0, example.length)],
+            length=len(row.tokens),
+            t=row.mask_probability,
+            masked=int(row.mask.sum()),
+            text=data.rendered(example),
+        )
+
+
+def _texts(config: Config, data: PretrainingData, first_sample: int, samples: Sequence[int]) -> Iterator[TracedRow]:
+    phase = data.timeline.phase(first_sample)
+    noise = training_noise(config.seed, first_sample, phase.global_batch_size, phase.sequence_length, config.objective)
     rows = zip(samples, data.training_stretches(samples), data.training_rows(samples), strict=True)
     for sample, stretch, tokens in rows:
         i = sample - first_sample
@@ -124,15 +149,17 @@ def _documents(corpus: Corpus, start: int, stop: int) -> list[DocumentPart]:
 
 
 def find(
-    config: Config, data: PretrainingData, text: str, on_progress: Callable[[int], None] = lambda tokens: None
+    config: Config, data: TrainingData, text: str, on_progress: Callable[[int], None] = lambda tokens: None
 ) -> Iterator[DocumentUse]:
     """The documents of all corpora that hold a text, as each is found; `on_progress` gets the tokens searched so far.
 
     The text is looked for as the tokenizer normalises it.
 
     Raises:
-        UserError: a corpus cannot be read, or the tokens do not tell the text's bytes.
+        UserError: it is an SFT run, a corpus cannot be read, or the tokens do not tell the text's bytes.
     """
+    if not isinstance(data, PretrainingData):
+        raise UserError("--find: only pre-training is searched; --step shows the dialogues of an SFT run's steps")
     searched = 0
     wanted = data.tokenizer.normalized(text).encode()
     for c, corpus in enumerate(data.corpora):

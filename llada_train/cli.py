@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from llada_train.cluster import commands as cluster
-from llada_train.commands import evaluate, sample
+from llada_train.commands import evaluate, sample, train
 from llada_train.config.errors import UserError
 from llada_train.plan.command import plan
 
@@ -32,7 +32,16 @@ convert = typer.Typer(no_args_is_help=True, help="Convert checkpoints to and fro
 app.add_typer(convert, name="convert")
 checkpoint = typer.Typer(no_args_is_help=True, help="List, verify and thin out the checkpoints of a run.")
 app.add_typer(checkpoint, name="checkpoint")
-for command in (plan, sample.sample, evaluate.evaluate, cluster.submit, cluster.status, cluster.doctor):
+for command in (
+    train.pretrain,
+    train.sft,
+    plan,
+    sample.sample,
+    evaluate.evaluate,
+    cluster.submit,
+    cluster.status,
+    cluster.doctor,
+):
     app.command()(command)
 app.add_typer(cluster.array, name="array")
 app.add_typer(cluster.job, name="job")
@@ -41,65 +50,6 @@ app.add_typer(cluster.job, name="job")
 class Precision(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
-
-
-@app.command()
-def pretrain(
-    config: Annotated[Path, typer.Argument(help="YAML config file, for example configs/pretrain/demo.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, by dotted key.")
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Start so many processes on this machine (torchrun works as well).")
-    ] = None,
-    accept_config_changes: Annotated[
-        bool, typer.Option("--accept-config-changes", help="Go on with settings that the run was not begun with.")
-    ] = False,
-) -> None:
-    """Pre-train a model; run the same command again to go on after a stop.
-
-    Alone, under torchrun, by submit, or with --processes N. SIGTERM, SIGUSR1 or Ctrl-C ends it after the step in hand,
-    with a checkpoint and exit code 75; a finished run exits with 0, a mistake in config, data or environment with 2,
-    one that hangs (training.hang_timeout_seconds) with 70.
-
-    Example: llada-train pretrain configs/pretrain/demo.yaml training.micro_batch_size=4 --processes 2
-    """
-    if processes is not None:
-        from llada_train.parallel.launch import launch_local, own_command
-        from llada_train.training.initial import check_initial_weights
-        from llada_train.training.preflight import check_content, open_inputs
-
-        # Every problem is told once, before anything starts.
-        inputs = open_inputs(config, overrides or [], processes, accept_config_changes)
-        check_initial_weights(inputs)
-        check_content(inputs)
-        inputs.run.prepare()
-        inputs.run.release()  # to the first of the processes
-        flags = ["--accept-config-changes"] if accept_config_changes else []
-        raise typer.Exit(launch_local(processes, own_command(["pretrain", str(config), *(overrides or []), *flags])))
-    from llada_train.training.signals import StopRequest
-
-    stop = StopRequest()
-    from llada_train.parallel.launch import adopt_place, world_size
-    from llada_train.training.journal import StartTimes
-
-    start = StartTimes.of_this_process()
-    adopt_place()
-    from llada_train.training.initial import check_initial_weights
-    from llada_train.training.preflight import open_inputs
-
-    # A mistake is told before the slow imports.
-    inputs = open_inputs(config, overrides or [], world_size(), accept_config_changes)
-    check_initial_weights(inputs)
-    from llada_train.parallel.topology import quiet_engines
-
-    quiet_engines()
-    from llada_train.training.watchdog import Watchdog
-
-    with Watchdog(inputs.config.training.hang_timeout_seconds, int(os.environ.get("RANK", "0"))) as watchdog:
-        from llada_train.training.pretrain import pretrain as run
-
-        raise typer.Exit(run(inputs, stop, watchdog, start))
 
 
 @convert.command("to-hf")

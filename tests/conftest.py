@@ -1,6 +1,7 @@
 """Small real inputs that many tests share: a tokenizer, a corpus, and a config over them."""
 
 import functools
+import json
 import os
 import random
 import subprocess
@@ -40,7 +41,10 @@ WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on",
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tokenizer/` and `corpus.{bin,idx,json}`: 300 documents of random words."""
+    """A folder with `tokenizer/`, `corpus.{bin,idx,json}`: 300 documents of random words, and `pairs.jsonl`.
+
+    Those are 200 prompts of one to four words and, as responses, the words backwards.
+    """
     from data_tools.sources import Sources
     from data_tools.tokenize import tokenize
     from data_tools.train_tokenizer import train_tokenizer
@@ -51,6 +55,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     for i, text in enumerate(texts):
         (folder / "text" / f"{i:04d}.txt").write_text(text)
+    lines = [
+        {"prompt": " ".join(words := pick.choices(WORDS, k=pick.randrange(1, 5))), "response": " ".join(words[::-1])}
+        for _ in range(200)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train_tokenizer(iter(texts), 300, folder / "tokenizer")
     tokenize(Sources([folder / "text"]), folder / "tokenizer", folder / "corpus")
     return folder
@@ -121,6 +130,34 @@ def write_config(data: Path, folder: Path, **overrides: Any) -> Path:
     with path.open("w") as file:
         YAML(typ="safe", pure=True).dump(tree, file)
     return path
+
+
+def sft_settings(data: Path) -> dict[str, Any]:
+    """What makes an SFT config of `write_config`'s."""
+    return {
+        "sft": {},
+        "data__sequence_length": 64,
+        "data__corpora": [{"path": str(data / "pairs.jsonl"), "validation_documents": 20}],
+        "objective__random_length_probability": 0,
+    }
+
+
+@pytest.fixture(scope="session")
+def sft_matrix(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> "Matrix":
+    """The layout matrix of SFT, in fp32."""
+    import processes
+    from layouts import GLOBAL_BATCH_SIZE, MODEL
+    from matrix import Matrix
+
+    processes.start()
+    folder = tmp_path_factory.mktemp("sft-layouts")
+    model = {f"model__{key}": value for key, value in MODEL.items()}
+    batch = {
+        "objective__epsilon": 0.05,
+        "training__global_batch_size": GLOBAL_BATCH_SIZE,
+        "validation__answers": 5,
+    }
+    return Matrix(write_config(tiny_data, folder, **model, **sft_settings(tiny_data), **batch), "fp32", folder / "fp32")
 
 
 @pytest.fixture(scope="session")

@@ -65,8 +65,8 @@ def filter_command(
     from data_tools.cleaning.output import check_output
     from data_tools.cleaning.report import Report
     from data_tools.cleaning.rules import Rules, load_rules
-    from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
+    from llada_train.data.progress import ByteProgress
 
     if (classifier is None) != (min_score is None):
         raise UserError("--classifier and --min-score go together: give both, or none")
@@ -104,8 +104,8 @@ def dedup_command(
     from data_tools.cleaning.minhash import Signer
     from data_tools.cleaning.output import check_output
     from data_tools.cleaning.report import Report
-    from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
+    from llada_train.data.progress import ByteProgress
 
     sources = Sources(inputs, text_key)
     check_output(output, sources, overwrite)
@@ -155,8 +155,8 @@ def decontaminate_command(
     from data_tools.cleaning.decontaminate import DecontaminationReport, TaskCounts, decontaminate
     from data_tools.cleaning.evaluations import Evaluations
     from data_tools.cleaning.output import check_output, check_place, report_path
-    from data_tools.progress import ByteProgress
     from data_tools.sources import Sources
+    from llada_train.data.progress import ByteProgress
 
     sources = Sources(inputs, text_key)
     if output is not None and report_only is None:

@@ -44,7 +44,7 @@ def submit(
         bool, typer.Option("--accept-config-changes", help="Go on with settings that the run was not begun with.")
     ] = False,
 ) -> None:
-    """Submit a pre-training run to SLURM. It saves and queues itself again until it is complete.
+    """Submit a run, of pre-training or SFT, to SLURM. It saves and queues itself again until it is complete.
 
     Example: llada-train submit configs/pretrain/llada_8b.yaml --nodes 40 cluster.slurm.partition=gpu
     """

@@ -34,6 +34,7 @@ def pretrain_script(
     requeue: bool,
     folders: Sequence[Path] = (),
     flags: Sequence[str] = (),
+    command: str = "pretrain",
 ) -> str:
     """The job that trains on `nodes`; `folder` is that of the submission, with config.yaml and cluster.yaml.
 
@@ -57,6 +58,7 @@ def pretrain_script(
         run_dir=run_dir.absolute(),
         nodes=nodes,
         requeue=requeue,
+        command=command,
         flags=flags,
         program=in_place,
         staged=staged,
@@ -94,7 +96,8 @@ def array_script(
 def folders_of(config: Config) -> list[Path]:
     """Where a run reads and writes, so that an image has to see them."""
     corpora = [Path(corpus.path).parent for corpus in config.data.corpora if not is_remote(corpus.path)]
-    return [config.run_dir, config.data.tokenizer, *corpora, *([config.init_from] if config.init_from else [])]
+    others = [config.init_from, config.sft.cache if config.sft else None]
+    return [config.run_dir, config.data.tokenizer, *corpora, *(path for path in others if path)]
 
 
 def _mounts(cluster: ClusterConfig, folders: Sequence[Path]) -> list[Path]:

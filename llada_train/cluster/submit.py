@@ -97,7 +97,9 @@ def prepare(
         check_content(inputs)
     folder = _next_folder(config.run_dir.absolute() / SUBMISSIONS)
     flags = ["--accept-config-changes"] if accept_config_changes else []
-    script = pretrain_script(cluster, folder, config.run_dir, nodes, chain == 1, folders_of(config), flags)
+    script = pretrain_script(
+        cluster, folder, config.run_dir, nodes, chain == 1, folders_of(config), flags, config.command
+    )
     return Files(folder, script, cluster, {"config.yaml": config})
 
 

@@ -83,7 +83,28 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
             f"{size} is not divisible by training.micro_batch_size {training.micro_batch_size}; "
             f"it can be {-(-size // training.micro_batch_size) * training.micro_batch_size}",
         )
-    return found + _schedule_problems(config) + _token_count_problems(config)
+    return found + _kind_problems(config) + _schedule_problems(config) + _token_count_problems(config)
+
+
+def _kind_problems(config: Config) -> list[tuple[str, str]]:
+    """Settings that belong to the other kind of run."""
+    corpora, phases = list(enumerate(config.data.corpora)), list(enumerate(config.optimizer.learning_rate))
+    if config.sft is None:
+        columns = [f"data.corpora.{i}.columns" for i, corpus in corpora if corpus.columns is not None]
+        ends = [f"optimizer.learning_rate.{i}" for i, phase in phases if not phase.in_tokens]
+        columns += ["validation.answers"] * bool(config.validation.answers)
+        return [(key, "is for SFT; add a section `sft`, or leave it out") for key in columns] + [
+            (key, "ends at steps or epochs, which SFT alone can count; give until_tokens") for key in ends
+        ]
+    data, objective = config.data, config.objective
+    others = {
+        "data.block_length": data.block_length is not None,
+        "data.rows": data.rows != type(data).model_fields["rows"].default,
+        "schedule": bool(config.schedule),
+        "objective.random_length_probability": objective.random_length_probability
+        not in (0, type(objective).model_fields["random_length_probability"].default),
+    } | {f"data.corpora.{i}.tokens": corpus.tokens is not None for i, corpus in corpora}
+    return [(key, "is for pre-training; leave it out of an SFT run") for key, given in others.items() if given]
 
 
 def _zero_problems(parallel: ParallelConfig) -> list[tuple[str, str]]:
@@ -162,7 +183,7 @@ def _token_count_problems(config: Config) -> list[tuple[str, str]]:
     ]
     total = sum(corpus.tokens or 0 for corpus in config.data.corpora)
     length = config.optimizer.learning_rate[-1].until_tokens
-    if total != length:
+    if length is not None and total != length:
         message = f"their tokens add up to {total:,}, but the run is {length:,} long (optimizer.learning_rate)"
         found.append(("data.corpora", f"{message}; make them equal"))
     return found

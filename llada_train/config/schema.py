@@ -62,19 +62,47 @@ class ModelConfig(Section):
         return self
 
 
+class ColumnsConfig(Section):
+    """Which keys of a data set's records hold what: a prompt and its response, or a list of messages."""
+
+    prompt: str | None = None
+    input: str | None = Field(default=None, description="text that goes with the prompt, after an empty line")
+    response: str | None = None
+    system: str | None = Field(default=None, description="the system's message, before all others")
+    messages: str | None = Field(default=None, description="list of {role, content} or of {from, value}")
+
+    @property
+    def keys(self) -> set[str]:
+        return {key for key in (self.prompt, self.input, self.response, self.system, self.messages) if key is not None}
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "ColumnsConfig":
+        pair = (self.prompt, self.response)
+        if (self.messages is None) == (pair == (None, None)) or (self.messages is None and None in pair):
+            raise problem("messages", "give prompt and response, or messages")
+        return self
+
+
 class CorpusConfig(Section):
-    """One tokenized corpus, `path`.bin and `path`.idx, in Megatron's format."""
+    """One tokenized corpus, `path`.bin and `path`.idx, in Megatron's format; for SFT one data set."""
 
     path: CorpusPath = Field(
         description="prefix of the files, or a pattern (*, ?, [...]) of prefixes whose files are one corpus, in the "
-        "order of their names; a path, or a URL that fsspec reads (s3://bucket/prefix)"
+        "order of their names; a path, or a URL that fsspec reads (s3://bucket/prefix). SFT: a file of dialogues "
+        "(JSON lines, a JSON list, parquet, arrow), or a folder of such"
     )
-    weight: Weight = Field(default=1.0, description="share of the tokens; 0: none, until the schedule says")
+    columns: ColumnsConfig | None = Field(
+        default=None, description="SFT: which keys of its records hold what; none: the usual shapes are recognised"
+    )
+    weight: Weight = Field(
+        default=1.0, description="share of the tokens, for SFT of the examples; 0: none, until the schedule says"
+    )
     tokens: NonNegativeInt | None = Field(
         default=None, description="in place of weight, for all corpora: how many of the run's nominal tokens are its"
     )
     validation_documents: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="the last so many documents are held out: never trained on, read by validation"
+        default=0,
+        description="the last so many documents (SFT: examples) are held out: never trained on, read by validation",
     )
 
     @property
@@ -85,7 +113,7 @@ class CorpusConfig(Section):
 
 class DataConfig(Section):
     tokenizer: Path = Field(description="folder with tokenizer.json, as `llada-data train-tokenizer` writes it")
-    sequence_length: PositiveInt
+    sequence_length: PositiveInt = Field(description="tokens of a row; for SFT the most that a row has")
     block_length: PositiveInt | None = Field(
         default=None,
         description="tokens that stay together when a corpus is shuffled: a multiple of every sequence length, fixed "
@@ -99,7 +127,8 @@ class DataConfig(Section):
     corpora: Annotated[list[CorpusConfig], Field(min_length=1)]
     temperature: Annotated[float, Field(ge=0.1)] | None = Field(
         default=None,
-        description="shares are weight × (tokens of the corpus)^(1/temperature); 1: in proportion to size; "
+        description="shares are weight × (tokens of the corpus, or its examples)^(1/temperature); 1: in proportion to "
+        "size; "
         "none: weights alone",
     )
     prefetch: PositiveInt = Field(default=4, description="steps whose batches are made ahead of the training thread")
@@ -134,8 +163,40 @@ class DataConfig(Section):
         return {corpus.path: corpus.share for corpus in self.corpora}
 
 
+class SftConfig(Section):
+    """Fine-tuning on dialogues (paper §2.3, Alg. 2): data.corpora are data sets, and only responses are noised."""
+
+    chat_template: Annotated[str, Field(min_length=1)] = Field(
+        default="llada",
+        description="llada: that of the released models; plain: texts alone; or a file with Jinja, or Jinja itself",
+    )
+    dialogues: Literal["one_response", "all_responses"] = Field(
+        default="one_response",
+        description="of a dialogue of several turns, one_response: one that is drawn anew each time, after all that "
+        "comes before it, as the paper does; all_responses: all at once",
+    )
+    eos_pad_group: PositiveInt = Field(
+        default=2,
+        description="so many consecutive samples of a global batch are padded to the longest of them with EOS that is "
+        "learnt; the paper: its micro-batch of 2. 1: every response ends with one EOS",
+    )
+    too_long: Literal["truncate_response", "truncate_prompt", "drop"] = Field(
+        default="truncate_response",
+        description="what does not fit into data.sequence_length: responses lose their end, prompts their beginning, "
+        "or the example is left out",
+    )
+    unusable: Literal["error", "drop"] = Field(
+        default="error",
+        description="records without a response, of unknown roles, broken: the first one ends the run before it "
+        "begins, or they are counted and left out",
+    )
+    cache: Path | None = Field(
+        default=None, description="folder for tokenized data sets, which runs may share; none: run_dir/examples"
+    )
+
+
 class ObjectiveConfig(Section):
-    """LLaDA's pre-training objective (paper Alg. 1)."""
+    """LLaDA's objective (paper Alg. 1 and 2)."""
 
     epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=1e-3, description="mask probability p = (1 − ε)·u + ε, u ~ U[0,1) per sequence"
@@ -144,24 +205,51 @@ class ObjectiveConfig(Section):
         default="uniform", description="stratified: u is spread evenly over the global batch (lower variance, unbiased)"
     )
     random_length_probability: Probability = Field(
-        default=0.01, description="share of sequences that are cut to n ~ U{1..sequence_length}"
+        default=0.01,
+        description="share of sequences that are cut to n ~ U{1..sequence_length}; pre-training alone",
     )
     loss_normalization: Literal["sequence", "token"] = Field(
-        default="sequence", description="sequence: 1/(p·L_b·N), every sequence counts alike; token: ÷ all real tokens"
+        default="sequence",
+        description="sequence: 1/(p·L_b·N), every sequence counts alike; token: ÷ all real tokens. For SFT, L_b and "
+        "tokens are those of responses with their EOS padding",
     )
 
 
 class LearningRatePhase(Section):
-    """Linear from `start` to `end`; `start` left out means the end of the phase before (0 at the beginning)."""
+    """Linear from `start` to `end`; `start` left out means the end of the phase before (0 at the beginning).
 
-    until_tokens: PositiveInt = Field(description="nominal tokens since the start of the run at which the phase ends")
+    It ends at nominal tokens since the start of the run. An SFT run may say so in steps or epochs, which become tokens
+    once its data sets have been counted.
+    """
+
+    until_tokens: PositiveInt | None = Field(default=None, description="nominal tokens since the start of the run")
+    until_steps: PositiveInt | None = Field(default=None, description="steps since the start of the run; SFT alone")
+    until_epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="passes over the training examples of all data sets together; SFT alone"
+    )
     end: NonNegativeFloat
     start: NonNegativeFloat | None = None
+
+    @property
+    def until(self) -> int:
+        """Nominal tokens; of a run whose data are open."""
+        assert self.until_tokens is not None
+        return self.until_tokens
+
+    @property
+    def in_tokens(self) -> bool:
+        return self.until_tokens is not None
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "LearningRatePhase":
+        if [self.until_tokens, self.until_steps, self.until_epochs].count(None) != 2:
+            raise problem("until_tokens", "give one of until_tokens, until_steps and until_epochs")
+        return self
 
 
 class OptimizerConfig(Section):
     learning_rate: Annotated[list[LearningRatePhase], Field(min_length=1)] = Field(
-        description="phases in order; the last one's until_tokens is the length of the run"
+        description="phases in order; the end of the last one is the length of the run"
     )
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -172,10 +260,11 @@ class OptimizerConfig(Section):
     def _in_order(self) -> "OptimizerConfig":
         ends = [phase.until_tokens for phase in self.learning_rate]
         for i in range(1, len(ends)):
-            if ends[i] <= ends[i - 1]:
+            now, before = ends[i], ends[i - 1]
+            if now is not None and before is not None and now <= before:
                 raise problem(
                     f"learning_rate.{i}.until_tokens",
-                    f"{ends[i]:,} does not come after the phase before, which ends at {ends[i - 1]:,}",
+                    f"{now:,} does not come after the phase before, which ends at {before:,}",
                 )
         return self
 
@@ -299,6 +388,9 @@ class CheckpointConfig(Section):
 class ValidationConfig(Section):
     interval_steps: PositiveInt = 1000
     sequences: PositiveInt = Field(default=256, description="rows of the held-out documents; the same noise every time")
+    answers: NonNegativeInt = Field(
+        default=0, description="SFT: so many of the held-out prompts are answered, too, and exact answers counted"
+    )
 
 
 class LoggingConfig(Section):
@@ -333,6 +425,7 @@ class Config(Section):
     )
     model: ModelConfig
     data: DataConfig
+    sft: SftConfig | None = Field(default=None, description="fine-tuning on dialogues; none: pre-training")
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
@@ -344,6 +437,11 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def command(self) -> str:
+        """Of `llada-train`: what trains a run of this kind."""
+        return "pretrain" if self.sft is None else "sft"
 
     @property
     def lengths(self) -> dict[str, int]:

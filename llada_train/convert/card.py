@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from llada_train.checkpoint.manifest import AnyManifest, Manifest
-from llada_train.data.rows import short_names
 from llada_train.data.timeline import Phase, Timeline
+from llada_train.data.training_data import short_names
 from llada_train.model.sizes import non_embedding_parameter_count, parameter_count
 
 _CARD = """---
@@ -53,6 +53,7 @@ def model_card(name: str, manifest: AnyManifest, dtype: str) -> str:
     made = "pre-trained with llada_train"
     if isinstance(manifest, Manifest):
         facts |= _training(manifest)
+        made = made if manifest.config.sft is None else "fine-tuned on dialogues with llada_train"
     else:
         made = f"imported from `{manifest.imported_from}` and not trained since"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
@@ -86,12 +87,13 @@ def _training(manifest: Manifest) -> dict[str, str]:
     phases = timeline.begun(samples) or timeline.phases[:1]
     names = short_names([corpus.path for corpus in config.data.corpora])
     shares = zip(names, _percent(phases, samples), strict=True)
+    at_most, sets = ("", "corpora") if config.sft is None else ("at most ", "data sets")
     return {
         "steps": f"{progress.step:,}",
         "tokens (nominal)": f"{timeline.tokens(samples):,}",
-        "sequences": f"{samples:,} of {_each(phase.sequence_length for phase in phases)} tokens",
+        "sequences": f"{samples:,} of {at_most}{_each(phase.sequence_length for phase in phases)} tokens",
         "batch": f"{_each(phase.global_batch_size for phase in phases)} sequences",
-        "corpora": ", ".join(f"{name} {percent:.3g} %" for name, percent in shares),
+        sets: ", ".join(f"{name} {percent:.3g} %" for name, percent in shares),
         "learning rate": f"{max(phase.end for phase in config.optimizer.learning_rate):g} at most, AdamW",
         "weight decay": f"{config.optimizer.weight_decay:g}",
         "precision": config.training.precision,

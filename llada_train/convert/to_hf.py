@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llada_train.checkpoint.header import header_bytes
+from llada_train.checkpoint.manifest import Manifest
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.config.errors import UserError
 from llada_train.convert.card import model_card
 from llada_train.convert.llada import LLADA
 from llada_train.convert.names import Family, Piece, Run, SpecialTokens
 from llada_train.convert.output import bos_id, copy_tokenizer, fit_to_model, new_folder, output_problems
+from llada_train.data.chat import template_source
 from llada_train.data.tokenizer import Tokenizer
 from llada_train.model.sizes import MASTER, parameter_count
 
@@ -100,6 +102,8 @@ def to_hf(
             shutil.copyfile(source, folder / source.name)
         copy_tokenizer(checkpoint.tokenizer, folder)
         fit_to_model(folder)
+        if isinstance(manifest := checkpoint.manifest, Manifest) and manifest.config.sft is not None:
+            _write(folder / "chat_template.jinja", template_source(manifest.config.sft.chat_template))
         GenerationConfig(
             bos_token_id=bos_id(folder),
             eos_token_id=tokenizer.eos_id,

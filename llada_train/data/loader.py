@@ -12,24 +12,11 @@ import torch
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch, Segments
 from llada_train.data.place import ALONE, MASKED_MULTIPLE, Place
-from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
-from llada_train.data.tokenizer import Tokenizer
-from llada_train.objective.forward_process import Noise, training_noise, validation_noise
+from llada_train.data.training_data import Row, TrainingData
 
+SHAPES = 32  # different lengths of an SFT run's micro-batches
 FILLER = -1  # sample_index of a row that only fills a batch up
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence and its noise."""
-
-    sample_index: int
-    tokens: np.ndarray  # [L] int64, clean; L ≤ S
-    mask: np.ndarray  # [L] bool
-    mask_probability: float
-    loss_weight: float  # of each masked token
-    document_lengths: tuple[int, ...]  # Σ = L: tokens see those of their own document; one, if they see the whole row
 
 
 def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int, place: Place = ALONE) -> Batch:
@@ -96,7 +83,7 @@ class GlobalBatch:
 class TrainingLoader:
     """This process's part of each global batch: a contiguous block of its rows, in micro-batches."""
 
-    def __init__(self, data: PretrainingData, config: Config, place: Place = ALONE) -> None:
+    def __init__(self, data: TrainingData, config: Config, place: Place = ALONE) -> None:
         self._data = data
         self._config = config
         self._place = place
@@ -115,13 +102,9 @@ class TrainingLoader:
         The lengths and weights of all N rows are drawn, since the weights are normalised over the global batch; the
         tokens and masks only of this rank's rows.
         """
-        config, data = self._config, self._data
-        phase, samples = data.timeline.phase(first_sample), self.samples(first_sample)
-        size, length = phase.global_batch_size, phase.sequence_length
-        noise = training_noise(config.seed, first_sample, size, length, config.objective)
-        tokens = data.training_rows(samples)
-        rows = [_row(t, noise, g - first_sample, data) for t, g in zip(tokens, samples, strict=True)]
-        return _micro_batches(rows, length, data.tokenizer, config, self._place)
+        length = self._data.timeline.phase(first_sample).sequence_length
+        rows = self._data.rows(first_sample, self.samples(first_sample))
+        return micro_batches(rows, length, self._data, self._config, self._place)
 
     def iterate(self, consumed_samples: int, until_samples: int) -> Generator[GlobalBatch, None, None]:
         """The global batches of the steps that follow consumed_samples, to before until_samples.
@@ -166,47 +149,52 @@ class Validation:
         return [float(bounds[bucket == b].mean()) if (bucket == b).any() else None for b in range(buckets)]
 
 
-def validation(data: PretrainingData, config: Config, place: Place = ALONE) -> Validation:
+def validation(data: TrainingData, config: Config, place: Place = ALONE) -> Validation:
     """The validation rows and this process's micro-batches of them.
 
     Rows without masks (sample_index -1) fill up, so that every rank has the same number of batches of the same shape.
     Over all ranks, Σ weight · NLL estimates the bound in nats per token.
     """
-    total = sum(data.validation_counts)
-    multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
-    rows_per_rank = -(-total // (place.data_parallel_size * multiple)) * multiple
-    noise = validation_noise(config.seed, data.validation_counts, data.sequence_length, config.objective.epsilon)
-    length = data.sequence_length
-    filler = Row(FILLER, np.full(length, data.tokenizer.eos_id), np.zeros(length, bool), 1.0, 0.0, (length,))
-    first = place.data_parallel_rank * rows_per_rank
-    own = range(min(first, total), min(first + rows_per_rank, total))
-    rows = [_row(tokens, noise, i, data) for i, tokens in zip(own, data.read_validation_rows(own), strict=True)]
-    rows += [filler] * (rows_per_rank - len(own))
+    own, fillers = place_rows(sum(data.validation_counts), data, config, place)
+    rows = [*data.validation_batch(own), *fillers]
     return Validation(
-        batches=_micro_batches(rows, length, data.tokenizer, config, place),
-        t=noise.mask_probability,
+        batches=micro_batches(rows, data.sequence_length, data, config, place),
+        t=data.validation_t,
         counts={name: n for name, n in zip(data.names, data.validation_counts, strict=True) if n},
     )
 
 
-def _row(tokens: np.ndarray, noise: Noise, i: int, data: PretrainingData) -> Row:
-    tokens = tokens[: noise.lengths[i]]
-    return Row(
-        sample_index=noise.first_sample + i,
-        tokens=tokens,
-        mask=noise.mask(i),
-        mask_probability=float(noise.mask_probability[i]),
-        loss_weight=float(noise.loss_weight[i]),
-        document_lengths=data.document_lengths(tokens),
-    )
+def place_rows(total: int, data: TrainingData, config: Config, place: Place) -> tuple[range, list[Row]]:
+    """Which of so many rows a place has, and rows without masks that fill its micro-batches up."""
+    multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
+    rows_per_rank = -(-total // (place.data_parallel_size * multiple)) * multiple
+    length = 1 if config.sft else data.sequence_length  # a row of pre-training always has all columns
+    filler = Row(FILLER, np.full(length, data.tokenizer.eos_id), np.zeros(length, bool), 1.0, 0.0, (length,))
+    first = place.data_parallel_rank * rows_per_rank
+    own = range(min(first, total), min(first + rows_per_rank, total))
+    return own, [filler] * (rows_per_rank - len(own))
 
 
-def _micro_batches(
-    rows: list[Row], sequence_length: int, tokenizer: Tokenizer, config: Config, place: Place
+def micro_batches(
+    rows: list[Row], sequence_length: int, data: TrainingData, config: Config, place: Place
 ) -> list[Batch]:
+    """A place's rows in micro-batches; of an SFT run those of each are as long as the longest of them needs."""
     size = config.training.micro_batch_size
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    longest = [sequence_length] * len(groups)
+    if config.sft is not None:
+        longest = [max(len(row.tokens) for row in group) for group in groups]
+        if config.parallel.pipeline_parallel > 1:  # its stages send each other tensors of one shape in all of a step
+            longest = [max(longest)] * len(groups)
+    ids = data.tokenizer.mask_id, data.tokenizer.eos_id
     batches = [
-        collate(rows[i : i + size], sequence_length, tokenizer.mask_id, tokenizer.eos_id, place)
-        for i in range(0, len(rows), size)
+        collate(group, columns(tokens, sequence_length, config.parallel.row_multiple), *ids, place)
+        for group, tokens in zip(groups, longest, strict=True)
     ]
     return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches
+
+
+def columns(tokens: int, sequence_length: int, multiple: int) -> int:
+    """S of rows of at most `tokens` ≤ sequence_length: one of at most SHAPES, so that kernels and memory are reused."""
+    step = -(-sequence_length // SHAPES // multiple) * multiple
+    return min(-(-tokens // step) * step, sequence_length)

@@ -9,10 +9,8 @@ the schedule says. Less than one piece at a stream's end is left out.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +19,10 @@ import numpy.typing as npt
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, CorpusConfig
-from llada_train.data.corpus import Corpus, CorpusIdentity, Manifest
-from llada_train.data.order import BlockIndex, Order
-from llada_train.data.timeline import Phase, Timeline
-from llada_train.data.tokenizer import Tokenizer
+from llada_train.data.corpus import Corpus, Manifest
+from llada_train.data.order import BlockIndex
+from llada_train.data.training_data import Row, TrainingData
+from llada_train.objective.forward_process import Noise, training_noise, validation_noise
 
 OPENED_AT_ONCE = 16  # corpora
 
@@ -52,25 +50,8 @@ class Stretch(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
-class CorpusPlan:
-    """What a run reads of one corpus; nominal tokens."""
-
-    name: str
-    corpus_tokens: int  # that can be trained on
-    run_tokens: int
-    share: float  # of the run's tokens
-
-    @property
-    def epochs(self) -> float:
-        return self.run_tokens / self.corpus_tokens
-
-
-class PretrainingData:
-    """A run's corpora and tokenizer, checked against each other and the model, and their rows in the run's order.
-
-    The order is that of a run that begins with this config; `at` gives that of a run that goes on.
-    """
+class PretrainingData(TrainingData):
+    """Tokenized corpora, and their rows in the run's order."""
 
     def __init__(self, config: Config) -> None:
         """
@@ -78,70 +59,44 @@ class PretrainingData:
             UserError: a corpus or the tokenizer is missing or damaged, they do not belong together, the model's
                 vocabulary is too small for them, or a corpus is too small to train on or to hold documents out of.
         """
-        self._config = config
-        self.sequence_length = config.data.sequence_length  # of validation rows
-        self.block_length = config.block_length
-        self.tokenizer = Tokenizer.load(config.data.tokenizer)
-        self._vocab_size = config.model.vocab_size
-        if self.tokenizer.vocab_size > self._vocab_size:
-            raise UserError(
-                f"model.vocab_size {self._vocab_size} is too small: {config.data.tokenizer} has "
-                f"{self.tokenizer.vocab_size} ids; set model.vocab_size to at least that"
-            )
+        super().__init__(config)
         # Opening waits for file systems far away, so many are opened at once; which is at fault first is the config's
         # order all the same.
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
             opened = list(pool.map(self._open, config.data.corpora))
         self.corpora = [training.corpus for training, _ in opened]
-        self.names = short_names([corpus.path for corpus in config.data.corpora])
         self._training = [training for training, _ in opened]
         self._held_out = [held_out for _, held_out in opened]
         self._check_distinct()
         self._follow(self.timeline_after())
 
-    def timeline_after(self, past: Sequence[Phase] = (), consumed_samples: int = 0) -> Timeline:
-        """The timeline of a run that recorded the phases `past`; the sizes of the corpora are known here."""
-        temperature = self._config.data.temperature
-        sizes = [stream.stop - stream.start for stream in self._training]
-        factors = [1.0] * len(sizes)
-        if temperature is not None:
-            # Rounded, since the last bits of a power are the processor's own.
-            factors = [float(f"{(size / max(sizes)) ** (1 / temperature):.12g}") for size in sizes]
-        return Timeline(self._config, past, consumed_samples, factors)
-
-    def at(self, timeline: Timeline) -> "PretrainingData":
-        """The same data in the order of a run with this timeline; nothing is opened again."""
-        data = copy(self)
-        data._follow(timeline)
-        return data
-
-    def _follow(self, timeline: Timeline) -> None:
-        self.timeline = timeline
-        self._order = Order(self.blocks_per_corpus, timeline.mixtures, self._config.seed)
+    @property
+    def _sizes(self) -> list[int]:
+        return [stream.stop - stream.start for stream in self._training]
 
     @property
     def blocks_per_corpus(self) -> list[int]:
         """Training blocks of each corpus, of `block_length` tokens: what one epoch over it reads."""
         return [stream.num_pieces for stream in self._training]
 
-    @property
-    def identities(self) -> list[CorpusIdentity]:
-        """What tells the corpora from others."""
-        return [corpus.identity for corpus in self.corpora]
+    def rows(self, first_sample: int, samples: Sequence[int]) -> list[Row]:
+        phase = self.timeline.phase(first_sample)
+        noise = training_noise(
+            self.config.seed, first_sample, phase.global_batch_size, phase.sequence_length, self.config.objective
+        )
+        tokens = self.training_rows(samples)
+        return [self._row(row, noise, g - first_sample) for row, g in zip(tokens, samples, strict=True)]
 
-    @property
-    def plan(self) -> list[CorpusPlan]:
-        """What the whole run reads of each corpus, samples that it passes over included."""
-        end = self.timeline.tokens(self.timeline.end_samples)
-        blocks, rest = divmod(end, self.block_length)
-        tokens = self._order.counts_before(blocks) * self.block_length
-        if rest:
-            tokens[self._order.locate([blocks]).corpus[0]] += rest
-        sizes = [size * self.block_length for size in self.blocks_per_corpus]
-        return [
-            CorpusPlan(name, size, read, read / end)
-            for name, size, read in zip(self.names, sizes, tokens.tolist(), strict=True)
-        ]
+    def _row(self, tokens: np.ndarray, noise: Noise, i: int) -> Row:
+        tokens = tokens[: noise.lengths[i]]
+        return Row(
+            sample_index=noise.first_sample + i,
+            tokens=tokens,
+            mask=noise.mask(i),
+            mask_probability=float(noise.mask_probability[i]),
+            loss_weight=float(noise.loss_weight[i]),
+            document_lengths=self.document_lengths(tokens),
+        )
 
     def training_stretches(self, samples: npt.ArrayLike) -> list[Stretch]:
         """Where the tokens of the samples g [n] lie."""
@@ -172,7 +127,7 @@ class PretrainingData:
 
         Where a row begins or ends within a document, the part of it in the row is a document.
         """
-        if self._config.data.rows == "packed":
+        if self.config.data.rows == "packed":
             return (len(tokens),)
         ends = np.flatnonzero(tokens == self.tokenizer.eos_id) + 1
         return tuple(np.diff(np.unique([0, *ends.tolist(), len(tokens)])).tolist())
@@ -196,7 +151,7 @@ class PretrainingData:
 
     def trained_documents(self, corpus: int) -> int:
         """Documents of a corpus that are not held out: its first ones."""
-        return self.corpora[corpus].num_documents - self._config.data.corpora[corpus].validation_documents
+        return self.corpora[corpus].num_documents - self.config.data.corpora[corpus].validation_documents
 
     @cached_property
     def validation_counts(self) -> list[int]:
@@ -205,12 +160,20 @@ class PretrainingData:
         Together they are validation.sequences, or all held-out rows where there are fewer: each corpus that holds
         documents out gives the same number, as far as it has them.
         """
-        counts, given = [0] * len(self._held_out), 0
-        held_out = [(stream.num_pieces, c) for c, stream in enumerate(self._held_out) if stream is not None]
-        for i, (pieces, c) in enumerate(sorted(held_out)):
-            counts[c] = min(pieces, (self._config.validation.sequences - given) // (len(held_out) - i))
-            given += counts[c]
-        return counts
+        return self._shares([stream.num_pieces if stream is not None else 0 for stream in self._held_out])
+
+    @cached_property
+    def _validation_noise(self) -> Noise:
+        config = self.config
+        return validation_noise(config.seed, self.validation_counts, self.sequence_length, config.objective.epsilon)
+
+    @property
+    def validation_t(self) -> np.ndarray:
+        return self._validation_noise.mask_probability
+
+    def validation_batch(self, rows: Sequence[int]) -> list[Row]:
+        tokens = self.read_validation_rows(rows)
+        return [self._row(row, self._validation_noise, i) for row, i in zip(tokens, rows, strict=True)]
 
     @cached_property
     def validation_rows(self) -> np.ndarray:
@@ -250,11 +213,6 @@ class PretrainingData:
             self._check_batches(phase)
         self._check_token_counts()
 
-    @property
-    def files(self) -> list[dict[str, tuple[int, int]]]:
-        """Of each corpus its files with their tokens and documents: what all ranks have to agree on."""
-        return [corpus.files for corpus in self.corpora]
-
     def _check_distinct(self) -> None:
         """No file belongs to two corpora: what one holds out, the other would train on."""
         owners: dict[str, str] = {}
@@ -280,7 +238,7 @@ class PretrainingData:
 
     def _open(self, settings: CorpusConfig) -> tuple[_Stream, _Stream | None]:
         """The training and the held-out stream of one corpus."""
-        config = self._config
+        config = self.config
         corpus, held_out = Corpus(settings.path), settings.validation_documents
         for prefix, manifest in corpus.manifests.items():
             self._check_tokenizer(prefix, manifest)
@@ -301,7 +259,7 @@ class PretrainingData:
         return training, validation
 
     def _check_tokenizer(self, prefix: str, manifest: Manifest) -> None:
-        tokenizer = self._config.data.tokenizer
+        tokenizer = self.config.data.tokenizer
         if manifest.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise UserError(
                 f"{prefix}: was not tokenized with {tokenizer} (fingerprint "
@@ -314,28 +272,15 @@ class PretrainingData:
                 f"{tokenizer} is {self.tokenizer.eos_id}; mend tokenizer_config.json, or tokenize again"
             )
 
-    def _check_batches(self, phase: Phase) -> None:
-        """Every batch would hold rows of a corpus twice that has fewer of them than a batch takes."""
-        total = sum(phase.weights)
-        for name, weight, blocks in zip(self.names, phase.weights, self.blocks_per_corpus, strict=True):
-            rows = blocks * self.block_length // phase.sequence_length
-            taken = phase.global_batch_size * weight / total
-            if taken > rows:
-                raise UserError(
-                    f"{name}: has {rows:,} rows of {phase.sequence_length} tokens, but every batch of "
-                    f"{phase.global_batch_size:,} takes {taken:,.0f} of them: the same row would come more than once "
-                    "in one step; use a larger corpus, or lower its weight or the global batch size"
-                )
-
     def _check_token_counts(self) -> None:
         """Where tokens are asked for, the mixture gives them, to a hundredth; its shares are multiples of 2^-18."""
-        for corpus, plan in zip(self._config.data.corpora, self.plan, strict=True):
+        for corpus, plan in zip(self.config.data.corpora, self.plan, strict=True):
             asked = corpus.tokens or 0
             step = self.timeline.phase(0).tokens_per_step
-            if asked and abs(plan.run_tokens - asked) > max(asked / 100, step):
+            if asked and abs(plan.run_size - asked) > max(asked / 100, step):
                 raise UserError(
                     f"{corpus.path}: is to give {asked:,} tokens of the run, but the mixture would take "
-                    f"{plan.run_tokens:,}: shares are multiples of 1/262,144; ask for more, or put it into another "
+                    f"{plan.run_size:,}: shares are multiples of 1/262,144; ask for more, or put it into another "
                     "corpus"
                 )
 
@@ -358,14 +303,6 @@ class PretrainingData:
                 self._check_ids(self.corpora[c], tokens[i])
         return tokens
 
-    def _check_ids(self, corpus: Corpus, tokens: np.ndarray) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._vocab_size:
-            raise UserError(
-                f"{corpus.prefix}: holds token id {low if low < 0 else high}, but model.vocab_size is "
-                f"{self._vocab_size}; the corpus is damaged or was made with another tokenizer: tokenize it again"
-            )
-
 
 def _check_size(stream: _Stream, documents: str, setting: str, remedy: str) -> None:
     if not stream.num_pieces:
@@ -374,13 +311,3 @@ def _check_size(stream: _Stream, documents: str, setting: str, remedy: str) -> N
             f"{stream.corpus.prefix}: the {documents} have {stream.stop - stream.start} tokens, less than one "
             f"{piece} of data.{setting} {stream.piece_length}; {remedy}, or lower data.{setting}"
         )
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of each path, as many as tell them apart."""
-    parts = [path.split("/") for path in paths]
-    for length in count(1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError

@@ -91,7 +91,7 @@ class Timeline:
     @property
     def end_samples(self) -> int:
         """Samples of the whole run: the learning-rate phases' last end, rounded up to whole steps."""
-        until = self._config.optimizer.learning_rate[-1].until_tokens
+        until = self._config.optimizer.learning_rate[-1].until
         phase = max((phase for phase in self.phases if phase.first_token < until), key=lambda phase: phase.first_token)
         steps = -(-(until - phase.first_token) // phase.tokens_per_step)
         end = phase.first_sample + steps * phase.global_batch_size

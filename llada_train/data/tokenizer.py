@@ -26,9 +26,10 @@ CONFIG_FILE = "tokenizer_config.json"
 class Tokenizer:
     """A tokenizer with a mask token and an end-of-text token, which no text can produce."""
 
-    def __init__(self, backend: Backend, eos_token: str, mask_token: str, fingerprint: str) -> None:
-        """Prefer `Tokenizer.load`. Both tokens must be in the vocabulary."""
+    def __init__(self, backend: Backend, eos_token: str, mask_token: str, bos_token: str, fingerprint: str) -> None:
+        """Prefer `Tokenizer.load`. The EOS and the mask token must be in the vocabulary."""
         self._backend = backend
+        self.bos_token, self.eos_token = bos_token, eos_token
         self.fingerprint = fingerprint
         """sha256 of tokenizer.json or the sentencepiece model, in hexadecimal."""
         vocab = backend.vocab
@@ -60,7 +61,13 @@ class Tokenizer:
                     f"{path}: text can produce the {key.replace('_', ' ')}, {token!r}; let {path / CONFIG_FILE} name "
                     f"one that is new as its {key}, and add it by `llada-data add-mask-token {path} --output FOLDER`"
                 )
-        return cls(backend, eos_token, mask_token, hashlib.sha256(files.data).hexdigest())
+        bos_token = files.name_of("bos_token")
+        return cls(backend, eos_token, mask_token, bos_token, hashlib.sha256(files.data).hexdigest())
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Those that no text can produce → id."""
+        return self._backend.special_tokens
 
     @property
     def definition(self) -> dict[str, Any] | None:
@@ -153,13 +160,13 @@ class TokenizerFiles:
         return token in self.sentencepiece.vocab and self.sentencepiece.is_special(token)
 
     def name_of(self, key: str) -> str:
-        """The token that is the `eos_token` or `mask_token`, whether or not the tokenizer has it.
+        """The token that is the `bos_token`, `eos_token` or `mask_token`, whether or not the tokenizer has it.
 
         Raises:
             UserError: the config names something else than a token.
         """
         own = self.sentencepiece.eos_token if self.sentencepiece else None
-        default = MASK_TOKEN if key == "mask_token" else own or EOS_TOKEN
+        default = {"mask_token": MASK_TOKEN, "bos_token": BOS_TOKEN}.get(key) or own or EOS_TOKEN
         entry = self.config.get(key) or default
         token = entry["content"] if isinstance(entry, dict) and "content" in entry else entry
         if not isinstance(token, str):

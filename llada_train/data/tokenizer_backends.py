@@ -37,6 +37,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """Those that no text can produce → id."""
+        ...
+
+    @property
     def definition(self) -> dict[str, Any] | None:
         """What tokenizer.json says, parsed; None for a sentencepiece model."""
         ...
@@ -84,6 +89,11 @@ class HuggingFaceBackend:
     @property
     def vocab(self) -> dict[str, int]:
         return self._backend.get_vocab(with_added_tokens=True)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        vocab = self.vocab
+        return {token: vocab[token] for token in self._special}
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -138,6 +148,10 @@ class SentencePieceBackend:
         self.vocab = {self._model.id_to_piece(id): id for id in range(self._model.get_piece_size())}
 
     decodes_by_token = True
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {token: id for token, id in self.vocab.items() if self.is_special(token)}
 
     def bytes_of(self, token: str) -> bytes:
         return NO_TEXT if self.is_special(token) else _bytes_of_piece(token)

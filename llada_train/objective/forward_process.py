@@ -1,4 +1,4 @@
-"""The forward process of LLaDA's pre-training (paper Alg. 1; GUIDELINES.md of ML-GSAI/LLaDA), keyed by sample index.
+"""The forward process of LLaDA (paper Alg. 1 and 2; GUIDELINES.md of ML-GSAI/LLaDA), keyed by sample index.
 
 For a sequence of length L, u ~ U[0,1) gives the mask probability p = (1 − ε)·u + ε; each token is masked independently
 with probability p; the loss is Σ_masked CE / (p·L), averaged over the sequences. Here all of it is a pure function of
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from llada_train.config.schema import ObjectiveConfig
 from llada_train.objective.keyed import Purpose, position_words, sample_words, uniform
@@ -39,26 +40,46 @@ def training_noise(
 ) -> Noise:
     """The draw of the global batch that starts at `first_sample`."""
     lengths = _lengths(seed, first_sample, global_batch_size, sequence_length, objective.random_length_probability)
-    if objective.t_sampling == "stratified":
-        u = _stratified(seed, first_sample, global_batch_size)
-    else:
-        u = uniform(sample_words(seed, Purpose.MASK_PROBABILITY, first_sample, global_batch_size)[:, 0])
-    p = mask_probability(u, objective.epsilon)
+    p = _training_probability(seed, first_sample, global_batch_size, objective)
     return Noise(seed, Purpose.MASK, first_sample, lengths, p, loss_weight(p, lengths, objective.loss_normalization))
 
 
-def validation_noise(seed: int, counts: Sequence[int], sequence_length: int, epsilon: float) -> Noise:
+def fine_tuning_noise(
+    seed: int, first_sample: int, lengths: np.ndarray, learnt: np.ndarray, objective: ObjectiveConfig
+) -> Noise:
+    """The draw of the global batch of rows of `lengths` [N], of which `learnt` [N] tokens may be masked (Alg. 2).
+
+    A row's `mask` is of all its tokens: whoever asks for it takes the prompt out (GUIDELINES.md: noise over the row,
+    then the prompt is restored). The loss is (1/N)·Σ_b (1/L'_b)·Σ_masked CE/p, L' being what is learnt.
+    """
+    p = _training_probability(seed, first_sample, len(lengths), objective)
+    return Noise(seed, Purpose.MASK, first_sample, lengths, p, loss_weight(p, learnt, objective.loss_normalization))
+
+
+def _training_probability(seed: int, first_sample: int, count: int, objective: ObjectiveConfig) -> np.ndarray:
+    if objective.t_sampling == "stratified":
+        u = _stratified(seed, first_sample, count)
+    else:
+        u = uniform(sample_words(seed, Purpose.MASK_PROBABILITY, first_sample, count)[:, 0])
+    return mask_probability(u, objective.epsilon)
+
+
+def validation_noise(
+    seed: int, counts: Sequence[int], lengths: npt.ArrayLike, epsilon: float, learnt: np.ndarray | None = None
+) -> Noise:
     """The draw of all validation rows, `counts` of each corpus one after another; the same every time.
 
-    The rows are whole, and those of a corpus have u on a grid of their own, (i + ½)/count, permuted by key, so that the
-    bound of each corpus is over all of t. N = Σ counts.
+    The rows have `lengths` [N] tokens, or a number for all, of which `learnt` [N] may be masked (none: all). Those of a
+    corpus have u on a grid of their own, (i + ½)/count, permuted by key, so that the bound of each corpus is over all
+    of t. N = Σ counts.
     """
     words = sample_words(seed, Purpose.VALIDATION_STRATUM, 0, sum(counts))[:, 0]
     borders = np.cumsum(counts)[:-1]
     strata = [(np.argsort(part, kind="stable") + 0.5) / max(1, len(part)) for part in np.split(words, borders)]
     p = mask_probability(np.concatenate(strata), epsilon)
-    lengths = np.full(len(words), sequence_length)
-    return Noise(seed, Purpose.VALIDATION_MASK, 0, lengths, p, loss_weight(p, lengths, "sequence"))
+    lengths = np.broadcast_to(lengths, len(words))
+    weight = loss_weight(p, lengths if learnt is None else learnt, "sequence")
+    return Noise(seed, Purpose.VALIDATION_MASK, 0, lengths, p, weight)
 
 
 def mask_probability(u: np.ndarray, epsilon: float) -> np.ndarray:

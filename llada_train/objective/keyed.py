@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     VALIDATION_STRATUM = 5
     VALIDATION_MASK = 6
     ORDER = 7  # of the rows; its counters are those of llada_train.data.order
+    RESPONSE = 8  # which one of a dialogue
     SAMPLING_ORDER = 20  # in which masks are committed at random
     SAMPLING_NOISE = 21  # of tokens drawn
     LIKELIHOOD_STRATUM = 22

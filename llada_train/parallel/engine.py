@@ -237,6 +237,26 @@ class Engine:
         dist.all_reduce(bounds)
         return bounds.cpu() * rows
 
+    def predict(self, batches: list[Batch], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """The most probable token of each masked position, and its log-probability: int64, fp64 [rows, columns].
+
+        Of batches without targets, whose samples are 0, 1, …; zeros where nothing is masked. Equal on every rank, on
+        the host.
+        """
+        with torch.no_grad():
+            reports = self._reports(batches, self.model, nullcontext(), forward_only=True)
+        told = torch.zeros(2, rows, columns, dtype=torch.float64, device=self.topology.device)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for batch, report in zip(batches, reports, strict=False):  # stages before the last report nothing
+                S = batch.input_ids.shape[1]
+                masked = torch.nonzero(batch.loss_weight).flatten()
+                position = batch.masked_positions[masked]
+                column = position % S + self.topology.place.context_parallel_rank * S
+                told[:, batch.sample_index[position // S], column] = report["best"][:, masked].double()
+        dist.all_reduce(told)
+        ids, confidence = told.cpu()
+        return ids.long(), confidence
+
     def _run(
         self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool = False
     ) -> Tensor:
@@ -244,10 +264,20 @@ class Engine:
 
         Each row's parts, on the ranks that share its columns, add up; ranks that compute no loss have zeros.
         """
+        reports = self._reports(batches, module, around, forward_only)
+        if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+            return torch.cat([report["rows"] for report in reports])
+        rows = sum(len(batch.t) for batch in batches)
+        return torch.zeros(rows, dtype=torch.float64, device=self.topology.device)
+
+    def _reports(
+        self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        """What the last stage has to say of each micro-batch; nothing on others."""
         device, began = self.topology.device, time.perf_counter()
         stages = list(self.model.stages)
         with around, cpu.standing_in() if device.type == "cpu" else nullcontext():
-            reports = get_forward_backward_func()(
+            reports: list[dict[str, Tensor]] = get_forward_backward_func()(
                 forward_step_func=lambda iterator, stage: self._forward_step(next(iterator).to(device), module, stage),
                 data_iterator=[iter(batches) for _ in stages],
                 model=stages,
@@ -259,9 +289,7 @@ class Engine:
         if device.type == "cuda":
             torch.cuda.synchronize()  # as reading the losses does in a moment
         self._own_seconds = time.perf_counter() - began
-        if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-            return torch.cat([report["rows"] for report in reports])
-        return torch.zeros(sum(len(batch.t) for batch in batches), dtype=torch.float64, device=device)
+        return reports
 
     def _sum(self, row_losses: Tensor, batches: list[Batch]) -> Losses:
         """The losses of the global batch, over all ranks."""
@@ -286,6 +314,8 @@ class Engine:
 
     def _forward_step(self, batch: Batch, module: Any, stage: Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            if batch.targets is None:
+                return output.sum(), torch.ones((), dtype=torch.int, device=output.device), {"best": output}
             log_normaliser, target_logit = output
             weighted = batch.loss_weight * (log_normaliser - target_logit)
             loss = weighted.sum()

@@ -10,6 +10,7 @@ import typer
 from llada_train.config.errors import UserError
 
 if TYPE_CHECKING:
+    from llada_train.config.schema import Config
     from llada_train.plan.plan import Machine, Plan
     from llada_train.plan.search import Found
 
@@ -40,11 +41,11 @@ def plan(
 ) -> None:
     """What a run would need, before there is any data or GPU: memory by cause, time, traffic; does it fit?
 
-    All by arithmetic from the config and the GPU's data sheet. Exit code 1: it does not fit.
+    All by arithmetic from the config and the GPU's data sheet. Exit code 1: it does not fit. Of an SFT run the data
+    sets have to be there, to count epochs by; rows are taken to be as long as data.sequence_length, the most they are.
 
     Example: llada-train plan configs/pretrain/llada_8b.yaml --nodes 32 --gpu h800 --search
     """
-    from llada_train.config.load import load_config
     from llada_train.plan.chips import chip_called
     from llada_train.plan.plan import Machine, make_plan
     from llada_train.plan.plan import as_json as plan_as_json
@@ -56,14 +57,14 @@ def plan(
     if search:
         # The layout is what is looked for: the file's own need not divide these GPUs.
         keep = {text.partition("=")[0] for text in overrides or []}
-        found = find(load_config(config, overrides or []), machine, mfu, write_rate * 1e9, keep)
+        found = find(_checked(config, overrides or []), machine, mfu, write_rate * 1e9, keep)
         if as_json:
             best = [plan_as_json(one) for one in found.best]
             typer.echo(json.dumps({"layouts": found.layouts, "fitting": len(found.fitting), "best": best}, indent=2))
         else:
             _print_search(found, machine)
         raise typer.Exit(int(not found.fitting))
-    checked = load_config(config, overrides or [], machine.gpus)
+    checked = _checked(config, overrides or [], machine.gpus)
     one = make_plan(checked, machine, mfu, write_rate * 1e9)
     if as_json:
         typer.echo(json.dumps(plan_as_json(one), indent=2))
@@ -71,6 +72,15 @@ def plan(
         others = find(checked, machine, mfu, write_rate * 1e9).best if not one.fits else []
         _print_plan(one, others)
     raise typer.Exit(int(not one.fits))
+
+
+def _checked(file: Path, overrides: list[str], world_size: int | None = None) -> "Config":
+    """The config with its learning-rate phases in tokens."""
+    from llada_train.config.load import load_config
+    from llada_train.data.opening import open_data
+
+    config = load_config(file, overrides, world_size)
+    return config if config.sft is None else open_data(config).config
 
 
 def _gpus_per_node(cluster: Path | None) -> int:

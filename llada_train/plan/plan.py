@@ -231,7 +231,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         ],
         "steps": plan.steps,
         "tokens": plan.tokens,
-        "learning_rate_ends": [phase.until_tokens for phase in plan.config.optimizer.learning_rate],
+        "learning_rate_ends": [phase.until for phase in plan.config.optimizer.learning_rate],
         "model_flops": plan.model_flops,
         "hardware_flops": plan.hardware_flops,
         "mfu": plan.mfu,

@@ -72,7 +72,7 @@ def run_rows(plan: Plan) -> list[tuple[str, str]]:
         ("run", f"{plan.tokens:,} tokens in {plan.steps:,} steps; {_phases(plan)}"),
         (
             "learning rate",
-            ", ".join(_rate(phase.until_tokens, phase.end) for phase in plan.config.optimizer.learning_rate),
+            ", ".join(_rate(phase.until, phase.end) for phase in plan.config.optimizer.learning_rate),
         ),
         (
             "FLOPs",

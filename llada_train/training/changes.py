@@ -20,6 +20,7 @@ _FREE = (
     "training.hang_timeout_seconds",
     "training.replica_check_interval_steps",
     "data.prefetch",
+    "sft.cache",
 )
 _FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "guard.", "checkpoint.", "validation.", "logging.")
 _IN_SCHEDULE = ("training.global_batch_size", "data.sequence_length", "data.corpora.")
@@ -47,7 +48,7 @@ def config_changes(stored: Config, progress: Progress, given: Config) -> ConfigC
     now = Timeline(stored, progress.phases, progress.consumed_samples).tokens(progress.consumed_samples)
     possible: list[str] = []
     impossible: list[str] = []
-    if stored.block_length != given.block_length:
+    if stored.block_length != given.block_length and stored.sft is None:
         impossible.append(
             f"data.block_length: {stored.block_length} → {given.block_length} (the data is shuffled in pieces of it, "
             f"fixed when the run began; give data.block_length={stored.block_length})"
@@ -93,6 +94,8 @@ def _fixed(key: str, stored: Config, given: Config) -> str | None:
     corpus = _corpus(key)
     if key.startswith("model."):
         return "the checkpoint holds the tensors of that model"
+    if stored.sft is not None and (key == "data.sequence_length" or key.startswith("sft")):
+        return "which examples there are, and in which order, hangs on it"
     if key == "seed":
         return "the order of the data is drawn from it: tokens of this epoch would come twice or never"
     if corpus is not None and key.endswith(".tokens") and None not in (_tokens(stored, corpus), _tokens(given, corpus)):

@@ -14,7 +14,7 @@ def learning_rate(phases: Sequence[LearningRatePhase], nominal_tokens: int, toke
     the last phase (a run is rounded up to whole steps) keeps the last value.
 
     Args:
-        phases: in order of `until_tokens`, as `OptimizerConfig` checks; at least one.
+        phases: in order, in tokens, as `OptimizerConfig` checks; at least one.
         nominal_tokens: consumed samples × sequence length before the step.
         tokens_per_step: global batch size × sequence length.
     """
@@ -22,7 +22,7 @@ def learning_rate(phases: Sequence[LearningRatePhase], nominal_tokens: int, toke
     begin, rate = 0, 0.0
     for phase in phases:
         start = rate if phase.start is None else phase.start
-        if now <= phase.until_tokens:
-            return start + (phase.end - start) * (now - begin) / (phase.until_tokens - begin)
-        begin, rate = phase.until_tokens, phase.end
+        if now <= phase.until:
+            return start + (phase.end - start) * (now - begin) / (phase.until - begin)
+        begin, rate = phase.until, phase.end
     return rate

@@ -11,12 +11,13 @@ from llada_train.checkpoint.restore import load_newest
 from llada_train.checkpoint.store import remove_newer
 from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config, ModelConfig
+from llada_train.config.schema import Config
 from llada_train.data.loader import GlobalBatch, TrainingLoader, Validation
-from llada_train.data.timeline import Phase, Timeline
+from llada_train.data.timeline import Timeline
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
 from llada_train.parallel.topology import any_rank, gather
 from llada_train.plan.flops import flops_per_token
+from llada_train.training.answers import Answers
 from llada_train.training.guard import Guard
 from llada_train.training.journal import Journal
 from llada_train.training.learning_rate import learning_rate
@@ -33,7 +34,7 @@ class _Interval:
 
     steps: int = 0
     tokens: int = 0  # nominal
-    flops: float = 0.0
+    flops: float = 0.0  # of the model, for the tokens that this rank was given
     seconds: float = 0.0  # of the steps alone, without validation and checkpoints between them
     losses: Losses = field(default_factory=Losses.none)
     data_wait: float = 0.0
@@ -41,10 +42,10 @@ class _Interval:
     learning_rate: float = 0.0  # of the last step
     gradient_norm: float = 0.0
 
-    def add(self, model: ModelConfig, phase: Phase, step: Step, rate: float, seconds: float, data_wait: float) -> None:
+    def add(self, tokens: int, flops: float, step: Step, rate: float, seconds: float, data_wait: float) -> None:
         self.steps += 1
-        self.tokens += phase.tokens_per_step
-        self.flops += phase.tokens_per_step * flops_per_token(model, phase.sequence_length)
+        self.tokens += tokens
+        self.flops += flops
         self.seconds += seconds
         self.losses = self.losses + step.losses
         self.data_wait += data_wait
@@ -66,6 +67,7 @@ class Trainer:
         loader: TrainingLoader,
         timeline: Timeline,
         validation: Validation,
+        answers: Answers | None,
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
@@ -76,7 +78,7 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.run, self.writer, self.log, self.stop, self.watchdog = run, writer, log, stop, watchdog
-        self.journal = journal
+        self.journal, self.answers = journal, answers
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
         self.reasons: list[str] = []  # why the last steps in a row were refused
@@ -119,7 +121,8 @@ class Trainer:
                 if too_many_refused:
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
-                    interval.add(config.model, phase, step, rate, time.perf_counter() - started, data_wait)
+                    seconds = time.perf_counter() - started
+                    interval.add(phase.tokens_per_step, self._flops(batch), step, rate, seconds, data_wait)
                 device = self.engine.topology.device
                 stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
                 if self.writer.pending and not writing:
@@ -135,6 +138,12 @@ class Trainer:
                     self._doing("saving")
                     self.writer.start(self.progress)
         return _Outcome.COMPLETE
+
+    def _flops(self, batch: GlobalBatch) -> float:
+        """Of the model, for the tokens of this rank's micro-batches; rows of an SFT run differ in length."""
+        shapes = [one.input_ids.shape for one in batch.batches]
+        ranks = self.config.parallel.context_parallel
+        return sum(B * S * flops_per_token(self.config.model, S * ranks) for B, S in shapes)
 
     def _doing(self, what: str) -> None:
         """Something other than a step begins, which may take long."""
@@ -221,10 +230,14 @@ class Trainer:
 
     def _report(self, interval: _Interval) -> None:
         own = interval.own_seconds / interval.steps, interval.data_wait / interval.steps
-        everyones = gather(own, self.engine.topology.device)
+        everyones = gather((*own, interval.flops), self.engine.topology.device)
+        parallel = self.config.parallel
+        copies = parallel.tensor_parallel * parallel.pipeline_parallel  # ranks that are given the same tokens
         if self.log is None:
             return
-        if self.journal is not None and (slow := self.journal.ranks(self.progress.step, everyones)):
+        if self.journal is not None and (
+            slow := self.journal.ranks(self.progress.step, [rank[:2] for rank in everyones])
+        ):
             self.log.remark(self.progress.step, slow)
         self.log.train(
             step=self.progress.step,
@@ -234,7 +247,7 @@ class Trainer:
             learning_rate=interval.learning_rate,
             grad_norm=interval.gradient_norm,
             tokens_per_second=interval.tokens / interval.seconds,
-            model_flops_per_second=interval.flops / interval.seconds,
+            model_flops_per_second=sum(rank[2] for rank in everyones) / copies / interval.seconds,
             data_wait_seconds=interval.data_wait / interval.steps,
             step_seconds=interval.seconds / interval.steps,
             nelbo_by_t=interval.losses.bound_by_t(),
@@ -246,6 +259,7 @@ class Trainer:
         self._doing("validating")
         bounds = self.engine.evaluate(self.validation.batches, len(self.validation.t)).numpy()
         bound = float(bounds.mean())
+        exact_match = self.answers.exact_match(self.engine) if self.answers is not None else None
         if not math.isfinite(bound):
             raise UserError(
                 f"step {self.progress.step:,}: the bound on held-out documents is {bound}; the run stops. Its "
@@ -258,4 +272,5 @@ class Trainer:
                 bound=bound,
                 bound_by_t=self.validation.by_t(bounds, T_BUCKETS),
                 bound_by_corpus=self.validation.by_corpus(bounds),
+                exact_match=exact_match,
             )

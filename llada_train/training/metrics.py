@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llada_train.config.errors import UserError
-from llada_train.data.rows import CorpusPlan
+from llada_train.data.training_data import CorpusPlan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,9 +114,16 @@ class MetricsLog:
         bound: float,
         bound_by_t: Sequence[float | None],
         bound_by_corpus: dict[str, float],
+        exact_match: float | None = None,
     ) -> None:
-        """Record the bound on the held-out documents after `step`: whole, over buckets of t, and of each corpus."""
+        """Record the bound on the held-out documents after `step`: whole, over buckets of t, and of each corpus.
+
+        `exact_match`: the share of held-out prompts that are answered exactly, if any were asked.
+        """
         record: Record = {"kind": "validation", "step": step, "tokens": tokens, "bound": bound}
+        if exact_match is not None:
+            record["exact_match"] = exact_match
+            self._scalars("validation", step, {"exact_match": exact_match})
         self._append({**record, "bound_by_t": list(bound_by_t), "bound_by_corpus": bound_by_corpus})
         self._scalars("validation", step, {"bound": bound})
         self._scalars("validation_bound_by_t", step, _by_t(bound_by_t))
@@ -124,6 +131,8 @@ class MetricsLog:
         told = ""
         if 1 < len(bound_by_corpus) <= TOLD_CORPORA:
             told = f"  ({', '.join(f'{escape(name)} {value:.4f}' for name, value in bound_by_corpus.items())})"
+        if exact_match is not None:
+            told += f"  [green]{exact_match:.1%} of answers exact[/]"
         self._tell(f"[bold]step {step:>7,}[/]  [green]held-out bound {bound:.4f} nats/token[/]{told}")
 
     def skipped(self, *, step: int, consumed_samples: int, reason: str) -> None:
@@ -231,8 +240,8 @@ def plan_lines(plan: Sequence[CorpusPlan]) -> list[str]:
     """What the whole run reads of each corpus, a line each."""
     width = max(len(corpus.name) for corpus in plan)
     return [
-        f"{corpus.name:<{width}}  {_short(corpus.corpus_tokens):>7} tokens in the corpus, "
-        f"{_short(corpus.run_tokens):>7} in the run: {corpus.share:7.2%}, {corpus.epochs:.3g} epochs"
+        f"{corpus.name:<{width}}  {_short(corpus.size):>7} {corpus.unit} in the corpus, "
+        f"{_short(corpus.run_size):>7} in the run: {corpus.share:7.2%}, {corpus.epochs:.3g} epochs"
         for corpus in plan
     ]
 

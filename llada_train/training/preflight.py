@@ -8,8 +8,9 @@ from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config
-from llada_train.data.rows import PretrainingData
+from llada_train.data.opening import open_data
 from llada_train.data.timeline import Timeline
+from llada_train.data.training_data import TrainingData
 from llada_train.training.metrics import read_metrics
 from llada_train.training.run_folder import RunFolder
 
@@ -19,20 +20,30 @@ class Inputs:
     """What a run reads, opened and checked against each other, and the folder that it writes to."""
 
     config: Config
-    data: PretrainingData
+    data: TrainingData
     run: RunFolder
 
 
 def open_inputs(
-    config_file: Path, overrides: Sequence[str], world_size: int | None = None, accept_config_changes: bool = False
+    config_file: Path,
+    overrides: Sequence[str],
+    world_size: int | None = None,
+    accept_config_changes: bool = False,
+    command: str | None = None,
 ) -> Inputs:
-    """Open everything that the config names; nothing is written.
+    """Open everything that the config names; nothing is written but the cache of tokenized data sets of an SFT run.
+
+    `command` that was given: "pretrain" or "sft".
 
     Raises:
-        UserError: config, data, tokenizer or run folder are at fault.
+        UserError: config, data, tokenizer or run folder are at fault, or the command is not the config's.
     """
     config = load_config(config_file, overrides, world_size)
-    data = PretrainingData(config)
+    if command not in (None, config.command):
+        has = "no section `sft`" if config.sft is None else "a section `sft`"
+        raise UserError(f"{config_file}: has {has}; run it with `llada-train {config.command}`")
+    data = open_data(config)
+    config = data.config
     inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
     read_metrics(config.run_dir)
     return inputs
@@ -68,7 +79,7 @@ def check_content(inputs: Inputs) -> None:
     check_corpora(inputs.run, inputs.data)
 
 
-def check_corpora(run: RunFolder, data: PretrainingData) -> None:
+def check_corpora(run: RunFolder, data: TrainingData) -> None:
     """A run's order of tokens hangs on its corpora, so they have to be those that it began with.
 
     Raises:

@@ -15,13 +15,16 @@ from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
 from llada_train.data.loader import TrainingLoader, validation
-from llada_train.data.rows import PretrainingData
+from llada_train.data.place import Place
+from llada_train.data.sft import SftData
+from llada_train.data.training_data import TrainingData
 from llada_train.model.sizes import MASTER
 from llada_train.model.weights import InitialWeights, Shard
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE
 from llada_train.parallel.topology import Topology
+from llada_train.training.answers import Answers
 from llada_train.training.journal import Journal, StartTimes
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plan_lines, plot_curves, warn
@@ -69,7 +72,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if here.is_main:
                 run.record_changes(progress)
                 if progress.step == 0 or run.accepted_changes:
-                    print("\n".join(plan_lines(ours.plan)), flush=True)
+                    print("\n".join([*ours.description, *plan_lines(ours.plan)]), flush=True)
                 log = MetricsLog(run.path, progress.step, end_tokens)
                 journal = Journal(run.path, start, config.training.hang_timeout_seconds)
                 tokens = timeline.tokens(progress.consumed_samples)
@@ -80,6 +83,9 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             loader=TrainingLoader(ours, config, here.place),
             timeline=timeline,
             validation=validation(data, config, here.place),
+            answers=Answers(data, config, here.place)
+            if isinstance(data, SftData) and config.validation.answers
+            else None,
             run=run,
             writer=writer,
             log=log,
@@ -105,7 +111,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
     return 0 if complete else STOPPED_EXIT_CODE
 
 
-def _check_the_same(data: PretrainingData, here: Topology) -> None:
+def _check_the_same(data: TrainingData, here: Topology) -> None:
     """All ranks have to see the same files, or each would read an order of its own; collective.
 
     Raises:
@@ -120,6 +126,13 @@ def _check_the_same(data: PretrainingData, here: Topology) -> None:
                     f"{corpus.prefix}: {len(ours)} files with {corpus.num_tokens:,} tokens on rank {here.rank}, "
                     f"{len(theirs)} with {then:,} on rank 0; give every machine the same files"
                 )
+
+
+def _answers(data: TrainingData, config: Config, place: Place) -> Answers | None:
+    """None: none are asked for, or no prompts are held out."""
+    if not isinstance(data, SftData) or not config.validation.answers or not sum(data.validation_counts):
+        return None
+    return Answers(data, config, place)
 
 
 def _draw_curves(run_dir: Path) -> None:

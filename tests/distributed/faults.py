@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import functional as F
 
-from llada_train.data import loader
+from llada_train.data import loader, rows
 from llada_train.data.batch import Batch
-from llada_train.data.loader import Row
+from llada_train.data.training_data import Row
 from llada_train.model import attention, head, norm
 from llada_train.objective import forward_process
 from llada_train.objective.forward_process import Noise
@@ -54,14 +54,14 @@ def shared_noise() -> AbstractContextManager[Any]:
 
 def local_normalization() -> AbstractContextManager[Any]:
     """Each rank divides by its own tokens and the ranks are averaged."""
-    training_noise = loader.training_noise
+    training_noise = rows.training_noise
 
     def local(*arguments: Any) -> Noise:
         noise, ranks = training_noise(*arguments), parallel_state.get_data_parallel_world_size()
         tokens = noise.lengths.reshape(ranks, -1).sum(1).repeat(len(noise.lengths) // ranks)
         return replace(noise, loss_weight=1 / (noise.mask_probability * tokens * ranks))
 
-    return patch.object(loader, "training_noise", local)
+    return patch.object(rows, "training_noise", local)
 
 
 def causal_attention() -> AbstractContextManager[Any]:
@@ -114,9 +114,9 @@ def loss_at_every_position() -> AbstractContextManager[Any]:
     """What BERT-like code is written to: the tokens that are still visible are predicted as well."""
     collate = loader.collate
 
-    def everywhere(rows: list[Row], *arguments: Any) -> Batch:
-        scored = collate([replace(row, mask=np.ones_like(row.mask)) for row in rows], *arguments)
-        return replace(scored, input_ids=collate(rows, *arguments).input_ids)
+    def everywhere(batch: list[Row], *arguments: Any) -> Batch:
+        scored = collate([replace(row, mask=np.ones_like(row.mask)) for row in batch], *arguments)
+        return replace(scored, input_ids=collate(batch, *arguments).input_ids)
 
     return patch.object(loader, "collate", everywhere)
 

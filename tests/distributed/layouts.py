@@ -131,6 +131,15 @@ CHOSEN = [
 ]
 
 
+SFT_CHOSEN = [
+    Layout(micro_batch_size=3),
+    Layout(2, zero_stage=2, micro_batch_size=1),
+    Layout(4, zero_stage=3),
+    Layout(2, tensor_parallel=2, sequence_parallel=True, zero_stage=2),
+    Layout(pipeline_parallel=2, virtual_pipeline_parallel=2, context_parallel=2),
+]
+
+
 def every_layout() -> Iterator[Layout]:
     """All that fill 1, 2, 4 or 8 processes and that the config's rules let pass; recomputation is met in turn."""
     powers = (1, 2, 4, 8)

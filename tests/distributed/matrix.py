@@ -93,7 +93,10 @@ class Matrix:
         deviation = Deviation(
             losses=_furthest(found.losses, expected.first.losses),
             norms=_furthest(found.norms, expected.first.norms),
-            validation=_furthest([found.validation], [expected.first.validation]),
+            validation=max(
+                _furthest([found.validation], [expected.first.validation]),
+                _furthest([p for _, p in found.predicted], [p for _, p in expected.first.predicted]),
+            ),
             weights=self._weights(outcome, expected),
         )
         if outcome.fault is None and not outcome.overrides:
@@ -101,6 +104,7 @@ class Matrix:
         tolerance = TOLERANCE[self._precision]
         assert max(deviation.losses, deviation.norms, deviation.validation) <= tolerance, f"another run: {deviation}"
         assert deviation.weights <= WEIGHT_TOLERANCE[self._precision], f"other weights: {deviation}"
+        assert [id for id, _ in found.predicted] == [id for id, _ in expected.first.predicted]
         for run in outcome.runs:
             assert run.losses == found.losses and run.norms == pytest.approx(found.norms, rel=SUM_TOLERANCE), "by rank"
         for step, bounds in zip(found.bounds_by_t, expected.first.bounds_by_t, strict=True):
@@ -145,7 +149,7 @@ def _distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def _furthest(found: list[float], expected: list[float]) -> float:
-    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+    return max((abs(a / b - 1) for a, b in zip(found, expected, strict=True)), default=0.0)
 
 
 def report(matrices: dict[str, Matrix]) -> str:

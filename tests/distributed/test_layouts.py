@@ -5,12 +5,12 @@ from datetime import date
 
 import pytest
 from conftest import ROOT
-from layouts import CHOSEN, Layout, every_layout
+from layouts import CHOSEN, SFT_CHOSEN, Layout, every_layout
 from matrix import TOLERANCE, Matrix, report
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "layout" in metafunc.fixturenames:
+    if "precision" in metafunc.fixturenames and "layout" in metafunc.fixturenames:
         every = metafunc.config.getoption("every_layout")
         runs = [
             pytest.param(precision, layout, id=f"{precision}-{layout.name}")
@@ -36,6 +36,12 @@ def table(matrices: dict[str, Matrix], request: pytest.FixtureRequest) -> Iterat
 def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: str, layout: Layout) -> None:
     """Losses, gradient norms, bound by t, validation, final weights; noise, targets and loss weights bit for bit."""
     matrices[precision].check(matrices[precision].run(layout))
+
+
+@pytest.mark.parametrize("layout", SFT_CHOSEN, ids=lambda layout: layout.name)
+def test_layout_fine_tunes_as_one_process(sft_matrix: Matrix, layout: Layout) -> None:
+    """The same of dialogues: rows of many lengths, each with an unmasked prompt and a response's weight."""
+    sft_matrix.check(sft_matrix.run(layout))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,16 @@ from matrix import REFERENCE, STEPS, Matrix
 from torch.nn import functional as F
 
 from llada_train.config.load import load_config
+from llada_train.config.schema import Config
 from llada_train.convert.plain import plain_model
+from llada_train.data.opening import open_data
+from llada_train.data.place import ALONE
 from llada_train.data.rows import PretrainingData
+from llada_train.data.sft import SftData
 from llada_train.model.weights import InitialWeights
 from llada_train.objective.forward_process import training_noise
+from llada_train.objective.keyed import Purpose, position_words, sample_words, uniform
+from llada_train.training.answers import Answers
 
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2
@@ -74,17 +80,7 @@ def plain_loop(config_file: Path, overrides: list[str]) -> tuple[list[float], li
     """
     config = load_config(config_file, overrides)
     data = PretrainingData(config)
-    model = plain_model(InitialWeights(config.model, config.seed), config.model).train()
-    settings, N = config.optimizer, config.training.global_batch_size
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    norms = [p for p in model.parameters() if p.ndim == 1]
-    adam = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}],
-        lr=training_run.LEARNING_RATE,
-        betas=settings.betas,
-        eps=settings.eps,
-    )
-    found: tuple[list[float], list[float]] = ([], [])
+    loop, N = PlainLoop(config), config.training.global_batch_size
     for first in range(0, STEPS * N, N):
         noise = training_noise(config.seed, first, N, data.sequence_length, config.objective)
         total = torch.zeros(())
@@ -95,16 +91,79 @@ def plain_loop(config_file: Path, overrides: list[str]) -> tuple[list[float], li
             if overrides == [DOCUMENTS]:
                 ends = torch.nonzero(clean == data.tokenizer.eos_id).flatten() + 1
                 pieces = tuple(torch.tensor(sorted({0, *ends.tolist(), L})).diff().tolist())
-            logits = torch.cat([model(piece.unsqueeze(0)).logits[0] for piece in noised.split(pieces)])
+            logits = torch.cat([loop.model(piece.unsqueeze(0)).logits[0] for piece in noised.split(pieces)])
             tokens = float(noise.lengths.sum()) if overrides == [TOKEN] else L * N
             total = total + F.cross_entropy(logits[mask], clean[mask], reduction="sum") / (p * tokens)
-        adam.zero_grad()
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
-        adam.step()
-        found[0].append(total.item())
-        found[1].append(norm.item())
-    return found
+        loop.step(total)
+    return loop.losses, loop.norms
+
+
+class PlainLoop:
+    """Plain PyTorch: a model with the run's initial weights, AdamW as the config says, clipped gradients."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, settings = config, config.optimizer
+        self.model = plain_model(InitialWeights(config.model, config.seed), config.model).train()
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        norms = [p for p in self.model.parameters() if p.ndim == 1]
+        self._adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+            lr=training_run.LEARNING_RATE,
+            betas=settings.betas,
+            eps=settings.eps,
+        )
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def step(self, loss: torch.Tensor) -> None:
+        self._adam.zero_grad()
+        loss.backward()
+        clipping = self._config.optimizer.gradient_clipping
+        self.norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clipping).item())
+        self._adam.step()
+        self.losses.append(loss.item())
+
+
+def test_one_process_fine_tunes_as_a_plain_loop(sft_matrix: Matrix) -> None:
+    losses, norms, predicted = plain_sft_loop(sft_matrix.config)
+    found = sft_matrix.run(REFERENCE).first
+    assert [id for id, _ in found.predicted] == [id for id, _ in predicted]
+    assert [log for _, log in found.predicted] == pytest.approx([log for _, log in predicted], rel=1e-4)
+    assert found.losses == pytest.approx(losses, rel=TOLERANCE)
+    assert found.norms == pytest.approx(norms, rel=TOLERANCE)
+
+
+def plain_sft_loop(config_file: Path) -> tuple[list[float], list[float], list[tuple[int, float]]]:
+    """(1/N)·Σ_b (1/L'_b)·Σ_masked CE/p (paper Alg. 2), one row at a time, padded with EOS to its neighbour's length.
+
+    Losses, gradient norms, and in the end the most probable tokens at the masks after held-out prompts.
+    """
+    data = open_data(load_config(config_file))
+    assert isinstance(data, SftData)
+    config, eos = data.config, data.tokenizer.eos_id
+    loop, N = PlainLoop(config), config.training.global_batch_size
+    for first in range(0, STEPS * N, N):
+        u = uniform(sample_words(config.seed, Purpose.MASK_PROBABILITY, first, N)[:, 0])
+        total, pairs = torch.zeros(()), []
+        for example in data.examples(range(first, first + N)):
+            (begin, _) = example.responses[0]
+            pairs.append((begin, [*data.corpora[0].tokens(example.start, example.stop).tolist(), eos]))
+        for i, (begin, tokens) in enumerate(pairs):
+            neighbour = pairs[i ^ 1][1]
+            clean = torch.tensor(tokens + [eos] * (len(neighbour) - len(tokens)))
+            p = (1 - config.objective.epsilon) * u[i] + config.objective.epsilon
+            words = position_words(config.seed, Purpose.MASK, first + i, len(clean))
+            mask = torch.from_numpy(uniform(words) < p) & (torch.arange(len(clean)) >= begin)
+            logits = loop.model(clean.masked_fill(mask, data.tokenizer.mask_id).unsqueeze(0)).logits[0]
+            answer = len(clean) - begin
+            total = total + F.cross_entropy(logits[mask], clean[mask], reduction="sum") / (float(p) * answer * N)
+        loop.step(total)
+    predicted: list[tuple[int, float]] = []
+    for asked in Answers(data, config, ALONE).asked:
+        row = torch.from_numpy(asked)
+        best = loop.model(row.unsqueeze(0)).logits[0].log_softmax(-1)[row == data.tokenizer.mask_id].max(-1)
+        predicted += zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return loop.losses, loop.norms, predicted
 
 
 MICRO_BATCHES = 512

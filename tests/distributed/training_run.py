@@ -24,10 +24,12 @@ from llada_train.config.load import load_config  # noqa: E402
 from llada_train.config.schema import Config  # noqa: E402
 from llada_train.data.batch import Batch  # noqa: E402
 from llada_train.data.loader import TrainingLoader, validation  # noqa: E402
-from llada_train.data.rows import PretrainingData  # noqa: E402
+from llada_train.data.opening import open_data  # noqa: E402
+from llada_train.data.sft import SftData  # noqa: E402
 from llada_train.model.weights import InitialWeights  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
 from llada_train.parallel.topology import Topology  # noqa: E402
+from llada_train.training.answers import Answers  # noqa: E402
 
 LEARNING_RATE = 5e-4
 
@@ -41,6 +43,7 @@ class Run:
     bounds_by_t: list[list[float | None]]
     validation: float
     digests: list[dict[int, int]]  # of each step: sample → digest of what this rank was given of it
+    predicted: list[tuple[int, float]]  # SFT: id and log-probability at each mask after held-out prompts, in the end
     state: str  # digest of the masters and moments that the rank owns in the end
     model_rank: tuple[int, int]  # tensor- and pipeline-parallel rank
 
@@ -51,15 +54,16 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
     here = topology.initialize(config.parallel)
     with nullcontext() if fault is None else FAULTS[fault]():
         engine = initial_engine(config, here)
-        data, size = PretrainingData(config), config.training.global_batch_size
+        data, size = open_data(config), config.training.global_batch_size
         loader = TrainingLoader(data, config, here.place)
         results, digests = [], []
         for step in range(steps):
             batches = loader.global_batch(step * size)
-            digests.append(digest(batches))
+            digests.append(digest(batches, masked_alone=config.sft is not None))
             results.append(engine.train_step(batches, LEARNING_RATE))
         held_out = validation(data, config, here.place)
         bounds = engine.evaluate(held_out.batches, len(held_out.t))
+        predicted = predictions(engine, data, config, here) if isinstance(data, SftData) else []
         state = digest_of_state(engine)
         CheckpointWriter(checkpoints, engine).save(Progress(step=steps, consumed_samples=steps * size))
     tensor, pipeline = (
@@ -73,9 +77,18 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
         bounds_by_t=[step.losses.bound_by_t() for step in results],
         validation=float(bounds.mean()),
         digests=digests,
+        predicted=predicted,
         state=state,
         model_rank=(tensor, pipeline),
     )
+
+
+def predictions(engine: Engine, data: SftData, config: Config, here: Topology) -> list[tuple[int, float]]:
+    """After the held-out prompts, row by row."""
+    answers = Answers(data, config, here.place)
+    ids, confidence = engine.predict(answers.batches(answers.asked), answers.count, data.sequence_length)
+    masked = confidence != 0
+    return list(zip(ids[masked].tolist(), confidence[masked].tolist(), strict=True))
 
 
 def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: int, fault: str | None) -> float:
@@ -84,7 +97,7 @@ def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: 
     here = topology.initialize(config.parallel)
     with nullcontext() if fault is None else FAULTS[fault]():
         engine = initial_engine(config, here)
-        batch = TrainingLoader(PretrainingData(config), config, here.place).global_batch(0)[0]
+        batch = TrainingLoader(open_data(config), config, here.place).global_batch(0)[0]
         norm = engine.train_step([batch] * count, LEARNING_RATE).gradient_norm
     topology.shutdown()
     return norm
@@ -107,8 +120,11 @@ def digest_of_state(engine: Engine) -> str:
     return state.hexdigest()
 
 
-def digest(batches: list[Batch]) -> dict[int, int]:
-    """Sample → a sum over its tokens of a hash of place, id, target and weight: slices of a row add up to the row's."""
+def digest(batches: list[Batch], masked_alone: bool = False) -> dict[int, int]:
+    """Sample → a sum over its tokens of a hash of place, id, target and weight: slices of a row add up to the row's.
+
+    `masked_alone`: of masked tokens, since how far a row is padded may depend on the layout.
+    """
     digests: dict[int, int] = {}
     for batch in batches:
         B, S = batch.input_ids.shape
@@ -120,6 +136,8 @@ def digest(batches: list[Batch]) -> dict[int, int]:
         hashes = np.zeros((B, S), np.uint64)
         for part in (batch.position_ids, batch.input_ids, targets, weights.view(torch.int32).long()):
             hashes = _mix(hashes ^ part.view(B, S).numpy().astype(np.uint64))
+        if masked_alone:
+            hashes[weights.view(B, S).numpy() == 0] = 0
         for sample, row in zip(batch.sample_index.tolist(), hashes, strict=True):
             digests[sample] = int(row.sum(dtype=np.uint64))
     return digests

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_config
+from conftest import sft_settings, write_config
 
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import FOLDER, LATEST, checkpoints
@@ -29,11 +29,12 @@ Record = dict[str, Any]
 
 def new_run(data: Path, folder: Path, **settings: Any) -> Path:
     folder.mkdir()
-    return write_config(data, folder, optimizer__learning_rate=PHASES, **settings)
+    return write_config(data, folder, **{"optimizer__learning_rate": PHASES, **settings})
 
 
 def start(config: Path, processes: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "llada_train.cli", "pretrain", str(config), "--processes", str(processes)]
+    kind = load_config(config).command
+    command = [sys.executable, "-m", "llada_train.cli", kind, str(config), "--processes", str(processes)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -104,8 +105,12 @@ def test_stopped_run_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path, straig
     assert_same_weights(config, straight)
 
 
-def test_stopped_bf16_pipeline_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_stopped_bf16_pipeline_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path, kind: str) -> None:
     settings = {"training__precision": "bf16", "parallel__pipeline_parallel": 2, "training__micro_batch_size": 8}
+    if kind == "sft":
+        phases = [{"until_steps": 4, "end": 2e-3}, {"until_steps": STEPS, "end": 1e-3}]
+        settings |= {**sft_settings(tiny_data), "optimizer__learning_rate": phases}
     straight = new_run(tiny_data, tmp_path / "straight", **settings)
     finish(straight, 2)
     config = new_run(tiny_data, tmp_path / "stopped", **settings)

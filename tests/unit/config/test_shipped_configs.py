@@ -17,6 +17,11 @@ def test_pretrain_configs_load(path: Path) -> None:
     load_config(path)
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sft").glob("*.yaml")), ids=lambda path: path.stem)
+def test_sft_configs_load(path: Path) -> None:
+    assert load_config(path, world_size=2).command == "sft"
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "others"),
     [

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
-from llada_train.data.loader import Row, TrainingLoader, collate, validation
+from llada_train.data.loader import TrainingLoader, collate, validation
 from llada_train.data.place import Place
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
+from llada_train.data.training_data import Row
 from llada_train.objective.forward_process import training_noise
 
 N, S, MASK_ID, PADDING_ID = 16, 32, 98, 99

@@ -66,9 +66,9 @@ def test_shares(opened: Callable[..., PretrainingData], of: Any, overrides: Any,
     assert sum(found.values()) == 5120
     for name, share in shares.items():
         assert abs(found[name] - share * 5120) <= 2 * S
-    assert {plan.name: plan.run_tokens for plan in data.plan} == found
+    assert {plan.name: plan.run_size for plan in data.plan} == found
     assert sum(plan.share for plan in data.plan) == pytest.approx(1)
-    sizes = {plan.name: plan.corpus_tokens for plan in data.plan}
+    sizes = {plan.name: plan.size for plan in data.plan}
     assert sizes == {name: ROWS[name] * S for name in of}
     assert all(plan.epochs == pytest.approx(found[plan.name] / sizes[plan.name]) for plan in data.plan)
 
@@ -129,7 +129,7 @@ def test_the_plan_of_a_run_that_changes(opened: Callable[..., PretrainingData], 
     for first in data.timeline.steps(0, data.timeline.end_samples):
         for stretch in data.training_stretches(range(first, first + data.timeline.phase(first).global_batch_size)):
             expected[data.names[stretch.corpus]] += stretch.stop - stretch.start
-    assert {plan.name: plan.run_tokens for plan in data.plan} == expected
+    assert {plan.name: plan.run_size for plan in data.plan} == expected
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
-from llada_train.data.loader import Row, TrainingLoader, collate
+from llada_train.data.loader import TrainingLoader, collate
 from llada_train.data.place import Place, place_of
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
+from llada_train.data.training_data import Row
 from llada_train.model.sizes import parameter_count, tensor_specs
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import Shard, shards

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import sft_settings, write_config
 
 from llada_train.checkpoint.manifest import Progress
 from llada_train.config.load import load_config
@@ -132,3 +133,23 @@ def test_changes_that_have_to_be_accepted(
 def test_what_can_never_change(compare: Callable[..., ConfigChanges], settings: dict[str, Any], line: str) -> None:
     changes = compare(**settings)
     assert any(found.startswith(line) for found in changes.impossible)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"sft__too_long": "drop"}, ["sft.too_long: truncate_response → drop"]),
+        ({"data__sequence_length": 48}, ["data.sequence_length: 64 → 48"]),
+        ({"sft__cache": "elsewhere", "training__micro_batch_size": 4}, []),
+    ],
+)
+def test_which_dialogues_an_sft_run_reads_is_fixed(
+    tiny_data: Path, tmp_path: Path, settings: dict[str, Any], told: list[str]
+) -> None:
+    stored, given = (
+        load_config(write_config(tiny_data, tmp_path, **{**sft_settings(tiny_data), **changed}))
+        for changed in ({}, settings)
+    )
+    changes = config_changes(stored, Progress(step=1, consumed_samples=16), given)
+    reason = " (which examples there are, and in which order, hangs on it)"
+    assert changes.impossible == [line + reason for line in told] and not changes.possible

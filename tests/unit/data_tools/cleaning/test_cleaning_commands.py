@@ -187,7 +187,7 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
         with texts.open("a") as file:
             file.write("\n")
 
-    monkeypatch.setattr("data_tools.progress.ByteProgress.update", change)
+    monkeypatch.setattr("llada_train.data.progress.ByteProgress.update", change)
     for command in (("filter",), ("decontaminate", "--against", tmp_path / "quiz.txt")):
         code, _, err = llada_data(*command, texts, "--output", tmp_path / "out.jsonl")
         assert code == 2

@@ -16,9 +16,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import formats
-from data_tools.formats import read, split
 from data_tools.sources import Sources
+from llada_train.data import formats
+from llada_train.data.formats import read, split
 
 TEXTS = ["one", "zwei\nlines 🙂", "three " * 50, *(f"number {i}" for i in range(40))]
 

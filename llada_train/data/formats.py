@@ -1,4 +1,4 @@
-"""The records of one input file, whatever its format: numbered texts, and what could not be read.
+"""The records of one input file, whatever its format: numbered texts or objects, and what could not be read.
 
 | name ends in | records |
 |---|---|
@@ -15,8 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,6 +38,8 @@ class Rejection:
 
 
 Record = tuple[int, str | Rejection]  # the number of the line or row, from 1
+Object = tuple[int, dict[str, Any] | Rejection]
+Found = TypeVar("Found")
 Advance = Callable[[int], None]  # so many bytes of the file are done
 
 
@@ -76,8 +79,27 @@ def split(file: Path, size: int, piece_size: int) -> list[Piece]:
 
 def read(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
     """The records of a piece, in order. Damage ends it with a `Rejection`, never with an exception."""
-    readers = {"whole": _whole, "lines": _lines, "parquet": _parquet, "arrow": _arrow}
-    return readers[_kind(piece.file)](piece, text_key, advance)
+    kind = _kind(piece.file)
+    if kind == "whole":
+        return _whole(piece, advance)
+    if kind == "lines":
+        return _lines(piece, partial(_text_of, text_key), advance)
+    column = partial(_column, text_key)
+    return _parquet(piece, [text_key], column, advance) if kind == "parquet" else _arrow(piece, column, advance)
+
+
+def read_objects(file: Path, advance: Advance) -> Iterator[Object]:
+    """The records of a file with all their keys, in order: JSON lines, rows, or the items of one JSON list (.json).
+
+    Damage ends it with a `Rejection`, never with an exception.
+    """
+    piece = Piece(file, file.stat().st_size)
+    kind = _kind(file)
+    if kind == "whole":
+        return _items(piece, advance)
+    if kind == "lines":
+        return _lines(piece, _object, advance)
+    return _parquet(piece, None, _rows, advance) if kind == "parquet" else _arrow(piece, _rows, advance)
 
 
 def decode(data: bytes) -> str | Rejection:
@@ -167,9 +189,10 @@ class _ZstdFile(io.RawIOBase):
 _DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
 _DAMAGED = Rejection("damaged or truncated archive, from there on")
 _UNREADABLE = Rejection("unreadable")
+_NO_OBJECT = Rejection("not a JSON object")
 
 
-def _whole(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+def _whole(piece: Piece, advance: Advance) -> Iterator[Record]:
     try:
         with _Source(piece.file, advance) as source:
             data = source.stream.read(DOCUMENT_LIMIT + 1)
@@ -182,7 +205,21 @@ def _whole(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
     advance(piece.size)
 
 
-def _lines(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+def _items(piece: Piece, advance: Advance) -> Iterator[Object]:
+    """Of a file that is one list of JSON objects."""
+    for _, text in _whole(piece, advance):
+        try:
+            found = text if isinstance(text, Rejection) else json.loads(text)
+        except (ValueError, RecursionError):
+            found = Rejection("broken JSON")
+        items = found if isinstance(found, list) else [found]
+        for number, item in enumerate(items, start=1):
+            yield number, item if isinstance(item, dict | Rejection) else _NO_OBJECT
+
+
+def _lines(
+    piece: Piece, parse: Callable[[str], Found | Rejection], advance: Advance
+) -> Iterator[tuple[int, Found | Rejection]]:
     number = 0
     try:
         with _Source(piece.file, advance) as source:
@@ -203,7 +240,8 @@ def _lines(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
                 if too_long:
                     yield number, Rejection(TOO_LONG)
                 elif not line.isspace():
-                    yield number, _parse(line, text_key)
+                    content = decode(line)
+                    yield number, content if isinstance(content, Rejection) else parse(content)
     except _DAMAGE:
         yield number, _DAMAGED
     except OSError:
@@ -221,16 +259,20 @@ def _skip_line(stream: BinaryIO, enough: int | None) -> int:
     return size
 
 
-def _parse(line: bytes, text_key: str) -> str | Rejection:
-    text = decode(line)
-    if isinstance(text, Rejection):
-        return text
+def _object(line: str) -> dict[str, Any] | Rejection:
     try:
-        record = json.loads(text)
+        record = json.loads(line)
     except (ValueError, RecursionError):
         return Rejection("broken JSON")
-    value = record.get(text_key) if isinstance(record, dict) else None
-    return value if isinstance(value, str) else _no_text(text_key)
+    return record if isinstance(record, dict) else _NO_OBJECT
+
+
+def _text_of(text_key: str, line: str) -> str | Rejection:
+    record = _object(line)
+    if record is _NO_OBJECT:
+        return _no_text(text_key)
+    value = record if isinstance(record, Rejection) else record.get(text_key)
+    return value if isinstance(value, str | Rejection) else _no_text(text_key)
 
 
 def _no_text(text_key: str) -> Rejection:
@@ -251,7 +293,12 @@ def _row_groups(file: Path, size: int, piece_size: int) -> list[Piece]:
     return [Piece(file, size // pieces, bounds[i], bounds[i + 1]) for i in range(pieces)]
 
 
-def _parquet(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+Convert = Callable[["pyarrow.RecordBatch"], Iterator[Found | Rejection]]
+
+
+def _parquet(
+    piece: Piece, columns: list[str] | None, convert: "Convert[Found]", advance: Advance
+) -> Iterator[tuple[int, Found | Rejection]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -259,15 +306,16 @@ def _parquet(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
     try:
         # Without pre_buffer a column is read page by page, not row group by row group.
         with pyarrow.parquet.ParquetFile(piece.file, pre_buffer=False, buffer_size=READ) as parquet:
-            if text_key not in parquet.schema_arrow.names:
-                yield 1, _no_text(text_key)
+            missing = [name for name in columns or () if name not in parquet.schema_arrow.names]
+            if missing:
+                yield 1, _no_text(missing[0])
                 advance(piece.size)
                 return
             groups = range(piece.start, parquet.num_row_groups if piece.stop is None else piece.stop)
-            for batch in parquet.iter_batches(ROWS, row_groups=groups, columns=[text_key]):
-                for text in _column(batch, text_key):
+            for batch in parquet.iter_batches(ROWS, row_groups=groups, columns=columns):
+                for found in convert(batch):
                     number += 1
-                    yield number, text
+                    yield number, found
     except pyarrow.ArrowException:
         yield number + 1, Rejection("damaged .parquet file, from there on")
     except OSError:
@@ -275,16 +323,16 @@ def _parquet(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
     advance(piece.size)
 
 
-def _arrow(piece: Piece, text_key: str, advance: Advance) -> Iterator[Record]:
+def _arrow(piece: Piece, convert: "Convert[Found]", advance: Advance) -> Iterator[tuple[int, Found | Rejection]]:
     import pyarrow
 
     number = 0
     try:
         with closing(pyarrow.OSFile(str(piece.file))) as file:  # a memory map of a file that is cut ends the process
             for batch in _arrow_batches(file):
-                for text in _column(batch, text_key):
+                for found in convert(batch):
                     number += 1
-                    yield number, text
+                    yield number, found
     except pyarrow.ArrowException:
         yield number + 1, Rejection("damaged .arrow file, from there on")
     except OSError:
@@ -304,7 +352,12 @@ def _arrow_batches(file: "pyarrow.NativeFile") -> Iterator["pyarrow.RecordBatch"
         yield from pyarrow.ipc.open_stream(file)
 
 
-def _column(batch: "pyarrow.RecordBatch", text_key: str) -> Iterator[str | Rejection]:
+def _rows(batch: "pyarrow.RecordBatch") -> Iterator[dict[str, Any] | Rejection]:
+    batch.validate(full=True)  # reading offsets that are damaged can end the process; it looks at UTF-8 as well
+    yield from batch.to_pylist()
+
+
+def _column(text_key: str, batch: "pyarrow.RecordBatch") -> Iterator[str | Rejection]:
     import pyarrow
 
     # As bytes, since files can hold what is not UTF-8.
