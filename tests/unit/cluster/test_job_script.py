@@ -27,7 +27,8 @@ eval "$TRAINING"
 for i in {1..500}; do /bin/sleep 0.02; done""",  # and is left behind by no test
     "environment/bin/python": r"""
 case "$*" in
-    *"job nodes"*) printf n1 >"$LLADA_ATTEMPT/nodes"; [ "$BEFORE" ] && kill -USR1 $PPID; exit 0 ;;
+    *"job nodes"*) [ -e "$TOLD.chosen" ] || { touch "$TOLD.chosen"; exit 2; }
+        printf n1 >"$LLADA_ATTEMPT/nodes"; [ "$BEFORE" ] && kill -USR1 $PPID; exit 0 ;;
     *"job begin"*) [ -e "$TOLD.begun" ] || { touch "$TOLD.begun"; exit 2; } ;;   # the shared disk was away
     *"job end"*) [ -e "$TOLD.ended" ] || { touch "$TOLD.ended"; exit 2; }
         printf n2 >"${LLADA_ATTEMPT%/*}/excluded"; echo "$@" | grep -o -e "--code.*" >>"$TOLD"; echo requeue ;;
