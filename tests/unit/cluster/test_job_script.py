@@ -47,7 +47,7 @@ def run_script(tmp_path: Path, taken: int, before: str = "", training: str = "")
         stub.chmod(0o755)
     site = ClusterConfig.model_validate(
         {
-            "slurm": {"checkpoint_seconds": 20},
+            "slurm": {"checkpoint_seconds": 100},  # 15 signals before it is ended by force
             "node": {"gpus": 0, "processes": 1},
             "environment": {"path": tmp_path / "environment"},
             "health": {"links": False},
