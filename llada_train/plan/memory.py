@@ -41,9 +41,10 @@ def memory(layout: Layout, fused_norm: bool = True) -> list[Memory]:
 def _memory(layout: Layout, rank: int, holding: Holding, fused_norm: bool) -> Memory:
     weights, gradients, optimizer = state(layout, holding)
     logits = logits_at_peak(layout) if holding.has_head else 0
-    host = 0
-    if layout.config.parallel.offload_optimizer:
+    host, parallel = 0, layout.config.parallel
+    if parallel.offload_optimizer:
         host, optimizer = offloaded(optimizer), 0
+        gradients = gradients if parallel.zero_stage == 2 else 0
     kept, passing = zero_buffers(layout, holding)
     passing = max(passing, within_a_layer(layout, fused_norm))
     return Memory(
@@ -82,7 +83,10 @@ def state(layout: Layout, holding: Holding) -> tuple[int, int, int]:
 
 
 def offloaded(optimizer: int) -> int:
-    """In host memory for each GPU: master, moments, and besides the master's gradient and a copy in bf16 (ZeRO 2)."""
+    """In host memory for each GPU: master, moments, the master's gradient, and with ZeRO 2 a copy in bf16.
+
+    ZeRO 2 adds gradients up on the GPU, and copies them when they are complete; ZeRO 3 adds them up on the host.
+    """
     return optimizer + optimizer // MASTER_AND_MOMENTS * (FP32 + 2)
 
 
@@ -194,11 +198,11 @@ def zero_buffers(layout: Layout, holding: Holding) -> tuple[int, int]:
       a flat copy, and an fp32 copy, which is sent.
     - ZeRO 3: an fp32 bucket; the gathered weights, up to `stage3_max_live_parameters`; gradient, fp32 copy and its
       rearrangement by rank.
-    An optimizer that is offloaded takes a buffer for its largest gradient on the GPU besides.
+    With ZeRO 2 an optimizer that is offloaded takes a buffer for its largest gradient on the GPU besides.
     """
     e, parallel = layout.element_bytes, layout.config.parallel
     stage, bucket, largest = parallel.zero_stage, parallel.reduce_bucket_size, holding.largest
-    offload = e * largest if parallel.offload_optimizer else 0
+    offload = e * largest if parallel.offload_optimizer and stage == 2 else 0
     if stage == 1:
         return 0, (e + FP32) * largest if e < FP32 else e * largest
     if stage == 2:
@@ -206,4 +210,4 @@ def zero_buffers(layout: Layout, holding: Holding) -> tuple[int, int]:
         at_once = largest if overlaps else min(largest, bucket + holding.parameters // layout.copies)
         return e * bucket * (2 if overlaps else 1) + offload, e * largest + (e + FP32) * at_once
     gathered = min(holding.parameters, MAX_LIVE_PARAMETERS)
-    return FP32 * bucket + e * gathered + offload, (e + 2 * FP32) * largest
+    return FP32 * bucket + e * gathered, (e + 2 * FP32) * largest

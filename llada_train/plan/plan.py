@@ -9,10 +9,10 @@ from llada_train.config.schema import Config
 from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import non_embedding_parameter_count, parameter_count
 from llada_train.plan.chips import Chip
-from llada_train.plan.flops import flops_per_token, hardware_flops_per_token
+from llada_train.plan.flops import flops_per_token, hardware_flops_per_token, utilization
 from llada_train.plan.layout import Layout
 from llada_train.plan.memory import MASTER_AND_MOMENTS, RESERVE, Memory, memory
-from llada_train.plan.time import StepTime, estimated_mfu, step_time
+from llada_train.plan.time import StepTime, step_time
 from llada_train.plan.traffic import Collective, group_size, traffic
 
 # A process's imports, process groups and first kernels. An assumption.
@@ -49,6 +49,11 @@ class PhasePlan:
     def model_flops(self) -> float:
         layout = self.layout
         return self.steps * layout.tokens_per_step * flops_per_token(layout.config.model, layout.sequence_length)
+
+    @property
+    def estimated_mfu(self) -> float:
+        rate = self.model_flops / (self.steps * self.step.total)
+        return utilization(rate, self.chip.peak_flops, self.layout.gpus)
 
     @property
     def hardware_flops(self) -> float:
@@ -108,7 +113,8 @@ class Plan:
 
     @property
     def estimated_mfu(self) -> float:
-        return self.model_flops / (self.estimated_seconds * self.machine.chip.peak_flops * self.machine.gpus)
+        rate = self.model_flops / self.estimated_seconds
+        return utilization(rate, self.machine.chip.peak_flops, self.machine.gpus)
 
     @property
     def hours(self) -> float:
@@ -218,7 +224,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "sequence_length": phase.layout.sequence_length,
                 "global_batch_size": phase.layout.global_batch_size,
                 "estimated_step_seconds": {**asdict(phase.step), "total": phase.step.total},
-                "estimated_mfu": estimated_mfu(phase.layout, plan.machine.chip, phase.step),
+                "estimated_mfu": phase.estimated_mfu,
                 "pipeline_bubble": phase.layout.bubble,
             }
             for phase in plan.phases

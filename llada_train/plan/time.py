@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llada_train.config.schema import ModelConfig
 from llada_train.plan.chips import Chip
-from llada_train.plan.flops import flops_per_token, head_made_again, mean_masked_share
+from llada_train.plan.flops import head_made_again, mean_masked_share
 from llada_train.plan.layout import Holding, Layout, padded
 from llada_train.plan.memory import FP32
 from llada_train.plan.traffic import Behind, seconds, traffic
@@ -169,8 +169,3 @@ def _update(layout: Layout, holding: Holding, chip: Chip) -> float:
     if layout.config.parallel.offload_optimizer:
         return clipping + (FP32 + layout.element_bytes) * own / TO_HOST_RATE + adam / HOST_MEMORY_RATE
     return clipping + adam / (MEMORY_REACHES * chip.memory_rate)
-
-
-def estimated_mfu(layout: Layout, chip: Chip, step: StepTime) -> float:
-    flops = layout.tokens_per_step * flops_per_token(layout.config.model, layout.sequence_length)
-    return flops / (step.total * chip.peak_flops * layout.gpus)

@@ -158,9 +158,9 @@ def test_the_hardware_does_the_flops_that_are_planned(recompute: str, share: int
 
 def test_a_head_in_pieces_makes_its_logits_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """And keeps none of them."""
-    monkeypatch.setattr(head, "CHUNK", 1000)
+    monkeypatch.setattr(head, "CHUNK", 1 << 16)
     for module in (flops, layout_module):
-        monkeypatch.setattr(module, "CHUNK", 1000)
+        monkeypatch.setattr(module, "CHUNK", 1 << 16)
     config = config_with(SMALL, 2, 128)
     assert counted_flops(config, 1) == flops.hardware_flops_per_token(config, 128, 1.0).total * 2 * 128
     kept, planned = kept_and_planned(config, fused_norm=False)
