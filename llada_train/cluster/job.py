@@ -137,9 +137,12 @@ class Job:
         (self.folder / EXCLUDED_FILE).write_text(",".join(sorted(nodes)), encoding="utf-8")
 
     def _first_that_died(self) -> str | None:
-        """The node of which srun tells first, in this start's part of the log, if its processes died of a signal."""
+        """The node of which srun tells first in this start's training, if its processes died of a signal.
+
+        What it tells of the health check comes before, and is judged by the nodes' reports.
+        """
         log = (self.folder / "job.log").read_text(encoding="utf-8", errors="replace")
-        here = log[log.rfind(f"job {self._place['job']}, restart {self._place['restart']}, on") :]
-        first = next((line for line in here.splitlines() if _TOLD.match(line)), "")
+        _, began, here = log.rpartition(f"job {self._place['job']}, restart {self._place['restart']}, trains on")
+        first = next((line for line in here.splitlines() if _TOLD.match(line)), "") if began else ""
         found = _DIED.match(first)
         return found[1] if found else None

@@ -1,6 +1,9 @@
 """From a site's facts and sizes to the text of an sbatch file, by the templates in launch/."""
 
+import glob
+import itertools
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -95,16 +98,23 @@ def array_script(
 
 def folders_of(config: Config) -> list[Path]:
     """Where a run reads and writes, so that an image has to see them."""
-    corpora = [Path(corpus.path).parent for corpus in config.data.corpora if not is_remote(corpus.path)]
+    corpora = [_folder_of(corpus.path) for corpus in config.data.corpora if not is_remote(corpus.path)]
+    # No image starts with a folder that is not there; a run that has checkpoints does not need init_from any more.
     others = [config.init_from, config.sft.cache if config.sft else None]
-    return [config.run_dir, config.data.tokenizer, *corpora, *(path for path in others if path)]
+    return [config.run_dir, config.data.tokenizer, *corpora, *(path for path in others if path and path.exists())]
+
+
+def _folder_of(prefix: str) -> Path:
+    """That in which all files of a corpus are: of a pattern, what comes before its first wildcard."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(prefix).parts[:-1]))
 
 
 def _mounts(cluster: ClusterConfig, folders: Sequence[Path]) -> list[Path]:
-    """Every folder that an image sees under its own name, but those within another one."""
+    """Every folder that an image sees under its own name, and where links lead, but those within another one."""
     given = [*cluster.environment.mounts, Path.cwd(), LAUNCH, cluster.local_scratch, *folders]
     found: list[Path] = []
-    for path in sorted({path.absolute() for path in given}):
+    named = {Path(os.path.normpath(path.absolute())) for path in given}  # `a/../b` is not within a
+    for path in sorted(named | {path.resolve() for path in given}):
         if not any(path.is_relative_to(outer) for outer in found):
             found.append(path)
     return found

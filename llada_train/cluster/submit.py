@@ -176,7 +176,7 @@ def evaluate_array(cluster: ClusterConfig, run: Path) -> Files:
     folder = _next_folder(run.absolute() / "evaluations")
     newest = newest_manifest(run / FOLDER)
     assert newest is not None
-    mounts = folders_of(newest[1].config)
+    mounts = [run, *folders_of(newest[1].config)]  # it may have been moved
     program = module_command(cluster, "llada_train.cli", mounts, gpu=True)
     command = [*program, "evaluate", f"{run.absolute() / FOLDER}/{PART}", "--output", f"{folder}/{PART}.json"]
     return _array(cluster, folder, "evaluate", parts, command, mounts, gpu=True)

@@ -51,8 +51,8 @@ def evaluate(
 ) -> None:
     """Measure a model, on a GPU (bf16) if there is one: by default a run, by its bound on the held-out documents.
 
-    That stands against unigram and bigram models of the same tokens; of an SFT run it is of the held-out responses, and
-    exact answers are counted. Under torchrun, tasks are shared by its processes.
+    That stands against unigram and bigram models of the same tokens. Of a fine-tuned run, the bound is that on the
+    held-out responses, and answers that are exact are counted. Under torchrun, tasks are shared by its processes.
 
     Example: llada-train evaluate runs/demo/hf --tasks hellaswag,piqa --set cfg=0.5
     """
@@ -79,7 +79,10 @@ def evaluate(
     elif reversal is not None:
         found, table = _reversal(source, reversal, batch_size)
     else:
-        found, table = _held_out(source)
+        from llada_train.evaluation.answers import AnswersReport
+
+        found = _held_out(source)
+        table = _answers_table(found) if isinstance(found, AnswersReport) else _held_out_table(found)
     plain = [dataclasses.asdict(one) for one in found] if isinstance(found, list) else dataclasses.asdict(found)
     content = json.dumps(plain, indent=2, ensure_ascii=False)
     if output is not None:
@@ -224,7 +227,7 @@ def _accuracy_table(found: "list[Accuracy]") -> "Table":
     return table
 
 
-def _held_out(source: Path) -> "tuple[HeldOutReport | AnswersReport, Table]":
+def _held_out(source: Path) -> "HeldOutReport | AnswersReport":
     from llada_train.checkpoint.reader import open_verified
     from llada_train.convert.load import best_device
     from llada_train.convert.plain import plain_model
@@ -233,37 +236,31 @@ def _held_out(source: Path) -> "tuple[HeldOutReport | AnswersReport, Table]":
     from llada_train.data.sft import SftData
     from llada_train.evaluation.answers import answers_report
     from llada_train.evaluation.report import held_out_report
+    from llada_train.sampling.denoiser import PlainDenoiser
 
     device, dtype = best_device()
     with open_verified(source) as weights:
         config = weights.config
         plain = plain_model(weights, config.model, dtype).to(device)
     data = open_data(config)
-
-    def logits(ids: Any) -> Any:
-        return plain(ids.to(device)).logits
-
     if isinstance(data, SftData):
-        size = data.tokenizer.vocab_size  # not the rows that only pad the vocabulary
-        with counted_progress("answers to held-out prompts", "answers") as advance:
-            answers = answers_report(lambda ids: logits(ids)[..., :size].to(ids.device), data, advance)
-        return answers, _answers_table(answers)
+        with counted_progress("answers to held-out prompts", "tokens") as advance:
+            return answers_report(PlainDenoiser(plain, data.tokenizer.vocab_size), data, advance)
     assert isinstance(data, PretrainingData)
     with counted_progress("bound on held-out rows", "rows") as advance:
-        report = held_out_report(logits, data, config, advance)
-    return report, _held_out_table(report)
+        return held_out_report(lambda ids: plain(ids.to(device)).logits, data, config, advance)
 
 
 def _answers_table(report: "AnswersReport") -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    title = f"{report.exact_matches:,} of {report.examples:,} held-out answers exact ({report.exact_match:.1%}); bound "
-    table = Table(title=f"{title}{report.bound:.3f} nats per token of responses")
-    for column in ("prompt", "response", "answer"):
+    exact = f"{report.exact_matches:,} of {report.examples:,} held-out answers exact ({report.exact_match:.1%})"
+    table = Table(title=f"{exact}; bound {report.bound:.3f} nats per token of responses")
+    for column in ("prompt", "response", "answered"):
         table.add_column(column)
-    for sample in report.samples:
-        table.add_row(*map(escape, sample))
+    for row in report.samples:
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -1,5 +1,6 @@
 """What GPUs can do, by their makers' data sheets."""
 
+import re
 from dataclasses import dataclass
 
 from llada_train.config.errors import UserError
@@ -25,7 +26,7 @@ class Chip:
 GPUS_PER_NODE = 8  # of DGX and HGX nodes
 # SXM modules if not said. Peak, memory rate, NVLink: NVIDIA's data sheets of each (H800, A800: NVLink of 400 GB/s in
 # both directions together, for export; DeepSeek-V3, arXiv 2412.19437, §3.1). Network: one 400 Gb/s adapter for each GPU
-# in DGX H100, H200 and B200, 200 Gb/s in DGX A100. Keys are parts of the name that CUDA gives; the first one holds.
+# in DGX H100, H200 and B200, 200 Gb/s in DGX A100. Keys are words of the name that CUDA gives; the first one holds.
 CHIPS = {
     "H100 PCIe": Chip.of(756, 81_559, 2.0, 64, 50),
     "H100 NVL": Chip.of(835, 95_830, 3.9, 64, 50),
@@ -43,7 +44,7 @@ CHIPS = {
 
 def chip_of_device(device: str) -> Chip | None:
     """By the name that CUDA gives ("NVIDIA H100 80GB HBM3"); None: it is not known."""
-    return next((chip for name, chip in CHIPS.items() if name in device), None)
+    return next((chip for name, chip in CHIPS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
 def chip_called(name: str) -> Chip:

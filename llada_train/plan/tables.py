@@ -32,7 +32,7 @@ def layout_name(plan: Plan) -> str:
 def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
     fullest, layout = plan.memory[plan.fullest], plan.main.layout
     stage = plan.config.parallel.zero_stage
-    parts = f"a {layout.copies}th" if layout.copies > 1 else "all"
+    parts = f"1/{layout.copies}" if layout.copies > 1 else "all"
     in_flight = len(layout.chunks_in_flight(plan.fullest))
     recompute = plan.config.training.recompute
     rows = [

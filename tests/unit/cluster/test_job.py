@@ -58,16 +58,22 @@ def test_which_ends_are_queued_again(folder: Path, code: int, state: str, requeu
 
 def test_a_node_whose_processes_die_of_a_signal_is_left_out_and_others_are_not(folder: Path) -> None:
     log = folder / "job.log"
+    unsound = "srun: error: n5: task 4: Exited with exit code 1\n"  # by its health check
     log.write_text(
-        "x job 7, restart 0, on n[1-4]\nsrun: error: n4: tasks 24-31: Killed\n"
-        "x job 7, restart 1, on n[1-4]\nsrun: error: n2: tasks 8,10-15: Bus error\nsrun: error: n3: task 16: Killed\n"
+        "x job 7, restart 0, trains on n1,n2,n3,n4\nsrun: error: n4: tasks 24-31: Killed\n"
+        f"x job 7, restart 1, on n[1-5]\n{unsound}x job 7, restart 1, trains on n1,n2,n3,n4\n"
+        "srun: error: n2: tasks 8,10-15: Bus error\nsrun: error: n3: task 16: Killed\n"
     )
     Job(folder, 7, 1).end(137, "RUNNING", True)
     assert (folder / EXCLUDED_FILE).read_text() == "n2"
     for restart, told in ((2, "Exited with exit code 1"), (3, "Aborted")):  # NCCL aborts who waits for others
-        log.write_text(log.read_text() + f"x job 7, restart {restart}, on n[1-4]\nsrun: error: n1: task 0: {told}\n")
+        log.write_text(log.read_text() + f"x job 7, restart {restart}, trains on n1\nsrun: error: n1: task 0: {told}\n")
         Job(folder, 7, restart).end(1, "RUNNING", True)
         assert (folder / EXCLUDED_FILE).read_text() == "n2"
+    log.write_text(
+        log.read_text().replace("n1: task 0: Aborted", "n3: task 0: Killed") + f"x job 7, restart 4, on n1\n{unsound}"
+    )
+    Job(folder, 7, 4).end(1, "RUNNING", True)  # it did not come to train; what came before is not its
     assert [event["nodes"] for event in read_history(folder.parents[1]) if event["event"] == "left_out"] == [
         {"n2": ["its processes died of a signal"]}
     ]

@@ -27,7 +27,8 @@ eval "$TRAINING"
 for i in {1..500}; do /bin/sleep 0.02; done""",  # and is left behind by no test
     "environment/bin/python": r"""
 case "$*" in
-    *"job nodes"*) printf n1 >"$LLADA_ATTEMPT/nodes"; [ "$BEFORE" ] && kill -USR1 $PPID; exit 0 ;;
+    *"job nodes"*) [ -e "$TOLD.chosen" ] || { touch "$TOLD.chosen"; exit 2; }
+        printf n1 >"$LLADA_ATTEMPT/nodes"; [ "$BEFORE" ] && kill -USR1 $PPID; exit 0 ;;
     *"job begin"*) [ -e "$TOLD.begun" ] || { touch "$TOLD.begun"; exit 2; } ;;   # the shared disk was away
     *"job end"*) [ -e "$TOLD.ended" ] || { touch "$TOLD.ended"; exit 2; }
         printf n2 >"${LLADA_ATTEMPT%/*}/excluded"; echo "$@" | grep -o -e "--code.*" >>"$TOLD"; echo requeue ;;
@@ -46,7 +47,7 @@ def run_script(tmp_path: Path, taken: int, before: str = "", training: str = "")
         stub.chmod(0o755)
     site = ClusterConfig.model_validate(
         {
-            "slurm": {"checkpoint_seconds": 20},
+            "slurm": {"checkpoint_seconds": 100},  # 15 signals before it is ended by force
             "node": {"gpus": 0, "processes": 1},
             "environment": {"path": tmp_path / "environment"},
             "health": {"links": False},

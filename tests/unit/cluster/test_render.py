@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_train.cluster.render import PART, array_script, pretrain_script
+from llada_train.cluster.render import PART, array_script, folders_of, pretrain_script
 from llada_train.config.cluster import ClusterConfig
 from llada_train.config.errors import UserError
-from llada_train.config.load import load
+from llada_train.config.load import load, load_config
 
 TEXT = st.text(st.characters(exclude_characters="\n\r\0", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
 
@@ -51,6 +51,37 @@ def test_submit_and_status_need_no_torch() -> None:
     modules = ("submit", "status", "job", "health", "commands")
     code = f"import sys, {', '.join(f'llada_train.cluster.{name}' for name in modules)}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_an_image_sees_every_folder_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the working directory, behind a link, by a pattern; but not what it began from and no longer needs."""
+    work, image = tmp_path / "work", tmp_path / "image.sif"
+    work.mkdir()
+    (work / "runs").symlink_to(tmp_path / "large disk/runs")
+    image.touch()
+    config = load_config(
+        Path("configs/pretrain/demo.yaml").absolute(),
+        [
+            "run_dir=runs/mine",
+            "init_from=../base",
+            f"data={{tokenizer: ../tok, sequence_length: 128, corpora: [{{path: '{tmp_path}/text/*/part-?'}}]}}",
+        ],
+    )
+    monkeypatch.chdir(work)
+    environment = {"kind": "apptainer", "path": image}
+    site = ClusterConfig.model_validate(
+        {"node": {"gpus": 0, "processes": 1}, "environment": environment, "local_scratch": "/scratch"}
+    )
+
+    def seen() -> set[str]:
+        script = pretrain_script(site, config.run_dir / "slurm/0001", config.run_dir, 1, True, folders_of(config))
+        return set(re.findall(r"--bind (\S+)", script))
+
+    named = {str(tmp_path / name) for name in ("work", "tok", "text")}
+    assert {*named, f"'{tmp_path}/large"} <= seen() and not any("*" in path or ".." in path for path in seen())
+    assert str(tmp_path / "base") not in seen()
+    (tmp_path / "base").mkdir()
+    assert str(tmp_path / "base") in seen()
 
 
 def test_a_path_that_slurm_cannot_take_is_refused() -> None:
