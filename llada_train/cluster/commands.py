@@ -84,14 +84,14 @@ def array_tokenize(
     from llada_train.cluster import submit as submission
 
     site, _ = submission.load_cluster(cluster, [f"{submission.CLUSTER_PREFIX}{text}" for text in setting or []])
-    options = ["--text-key", text_key, "--workers", str(workers)]
-    tokenize, merge = submission.tokenize_array(site, inputs, tokenizer, output, shards, options)
+    options = ["--text-key", text_key]
+    tokenize, merge = submission.tokenize_array(site, inputs, tokenizer, output, shards, workers, options)
     if dry_run:
         typer.echo(tokenize.script, nl=False)
         return
     first, last = submission.submit_arrays(tokenize, merge)
     typer.echo(f"job {first}, {shards} parts; then job {last} joins them to {output}.bin and .idx")
-    typer.echo(f"logs    {tokenize.folder}")
+    typer.echo(f"logs    {tokenize.folder}; if a part fails nothing is joined: give the same command again, to go on")
 
 
 @array.command("evaluate")

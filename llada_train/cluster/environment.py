@@ -109,11 +109,19 @@ def _import(module: str) -> dict[str, Any]:
         return {"problem": f"importing it ended with {ended}: {done.stderr.strip()[-200:]}"}
 
 
+def _requirements() -> list[str]:
+    """None where the project is not installed, but runs from its checkout: then that is told."""
+    try:
+        return requires(PROJECT) or []
+    except PackageNotFoundError:
+        return [PROJECT]
+
+
 def _packages(probe: _Probe) -> Iterator[Finding]:
     """Those that the project needs, each of a version that it was made for."""
     yield Finding("python", platform.python_version())
     faults = False
-    for requirement in map(Requirement, requires(PROJECT) or []):
+    for requirement in map(Requirement, _requirements()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         name = requirement.name

@@ -79,15 +79,28 @@ class Job:
             USER_ERROR_EXIT_CODE: "a mistake that only a person can mend",
             TOO_FEW_NODES_EXIT_CODE: "too few sound nodes",
         }.get(code, "failed")
+        if code == USER_ERROR_EXIT_CODE and self._has_trained_before():
+            meaning = "failed"  # a lock of a node that died, a disk that is away: the run was sound when it last began
         if meaning == "failed" and (node := self._first_that_died()) is not None:
             self._leave_out({node: ["its processes died of a signal"]})
-        # A cancelled job is no longer RUNNING; one that SLURM queues again by itself is not either.
-        again = requeue and state == "RUNNING" and code not in (0, USER_ERROR_EXIT_CODE)
+        # A cancelled job is no longer RUNNING; one that SLURM queues again by itself is not either. "": the controller
+        # did not answer, and is asked again.
+        again = requeue and state in ("RUNNING", "")
+        again = again and meaning not in ("complete", "a mistake that only a person can mend")
         again = again and self._attempts_without_progress(self._consumed_samples()) < self.cluster.slurm.max_attempts
         if again:
             self._write_excluded()
         note(self.run_dir, "job_ended", **self._place, code=code, meaning=meaning, state=state, requeue=again)
         return again
+
+    def _has_trained_before(self) -> bool:
+        """Did an earlier start since the run was last submitted come to train, and this one not?"""
+        for event in reversed(read_history(self.run_dir)):
+            if event["event"] == "submitted":
+                break
+            if event["event"] == "started":
+                return any(event[key] != value for key, value in self._place.items())
+        return False
 
     def refused(self) -> None:
         """SLURM would not queue the job again."""

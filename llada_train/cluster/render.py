@@ -78,11 +78,13 @@ def array_script(
     tasks: int,
     command: Sequence[str],
     folders: Sequence[Path] = (),
+    cpus: int | None = None,
     gpu: bool = False,
 ) -> str:
     """The array of `tasks` jobs of one task each, with one GPU if it is of use and nodes have some.
 
-    PART in the command's words is a job's line of FOLDER/parts; an image sees `folders`.
+    `cpus`: None is what SLURM gives. PART in the command's words is a job's line of FOLDER/parts; an image sees
+    `folders`.
     """
     return _render(
         "array.sbatch.j2",
@@ -92,6 +94,7 @@ def array_script(
         folder=folder,
         tasks=tasks,
         command=_with_variable(command, PART),
+        cpus=cpus,
         gpu=gpu and cluster.node.gpus > 0,
     )
 

@@ -92,7 +92,10 @@ def cancel(job: int) -> None:
 
 def _hint(reason: str) -> str:
     if "partition" in reason.lower():
-        found = call("sinfo", "--noheader", "--format=%R").stdout.split()
+        try:
+            found = call("sinfo", "--noheader", "--format=%R").stdout.split()
+        except UserError:
+            return ""
         return f"; cluster.slurm.partition can be {', '.join(dict.fromkeys(found))}"
     if "account" in reason.lower():
         return "; give cluster.slurm.account=…, `sacctmgr show associations user=$USER` lists yours"

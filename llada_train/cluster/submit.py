@@ -143,9 +143,15 @@ def submit(files: Files, nodes: int, chain: int) -> list[int]:
 
 
 def tokenize_array(
-    cluster: ClusterConfig, inputs: Sequence[Path], tokenizer: Path, output: Path, shards: int, options: Sequence[str]
+    cluster: ClusterConfig,
+    inputs: Sequence[Path],
+    tokenizer: Path,
+    output: Path,
+    shards: int,
+    workers: int,
+    options: Sequence[str],
 ) -> tuple[Files, Files]:
-    """`llada-data tokenize` in `shards` parts, and the job after them that joins these.
+    """`llada-data tokenize` in `shards` parts of `workers` processes each, and the job after them that joins these.
 
     Raises:
         UserError: an input or the tokenizer is not there.
@@ -156,11 +162,12 @@ def tokenize_array(
     mounts = [Path.cwd(), output.parent, *(path if path.is_dir() else path.parent for path in (*inputs, tokenizer))]
     data = module_command(cluster, "data_tools.cli", mounts)
     what = [*map(str, inputs), "--tokenizer", str(tokenizer), "--output", str(output), *options]
+    work = ["--workers", str(workers), "--shard", PART]
     folder = _next_folder(output.absolute().with_name(f"{output.name}.slurm"))
     parts = [f"{i}/{shards}" for i in range(shards)]
     return (
-        _array(cluster, folder, "tokenize", parts, [*data, "tokenize", *what, "--shard", PART], mounts),
-        _array(cluster, folder / "merge", "merge", [str(output)], [*data, "merge", PART], mounts),
+        _array(cluster, folder, "tokenize", parts, [*data, "tokenize", *what, *work], mounts, workers),
+        _array(cluster, folder / "merge", "merge", [str(output)], [*data, "merge", PART], mounts, 1),
     )
 
 
@@ -179,7 +186,7 @@ def evaluate_array(cluster: ClusterConfig, run: Path) -> Files:
     mounts = [run, *folders_of(newest[1].config)]  # it may have been moved
     program = module_command(cluster, "llada_train.cli", mounts, gpu=True)
     command = [*program, "evaluate", f"{run.absolute() / FOLDER}/{PART}", "--output", f"{folder}/{PART}.json"]
-    return _array(cluster, folder, "evaluate", parts, command, mounts, gpu=True)
+    return _array(cluster, folder, "evaluate", parts, command, mounts, cluster.node.cpus_per_process, gpu=True)
 
 
 def _array(
@@ -189,9 +196,10 @@ def _array(
     parts: Sequence[str],
     command: Sequence[str],
     mounts: Sequence[Path],
+    cpus: int | None,
     gpu: bool = False,
 ) -> Files:
-    script = array_script(cluster, folder, name, len(parts), command, mounts, gpu)
+    script = array_script(cluster, folder, name, len(parts), command, mounts, cpus, gpu)
     return Files(folder, script, cluster, {"parts": "".join(f"{part}\n" for part in parts)})
 
 

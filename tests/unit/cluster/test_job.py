@@ -46,6 +46,7 @@ def test_three_starts_without_a_checkpoint_and_no_more(folder: Path, monkeypatch
         (2, "RUNNING", True, False),  # only a person can mend it
         (70, "RUNNING", True, True),
         (75, "RUNNING", True, True),
+        (75, "", True, True),  # the controller does not answer
         (75, "COMPLETING", True, False),  # cancelled, or SLURM queues it again by itself
         (75, "RUNNING", False, False),  # a chain
         (137, "RUNNING", True, True),
@@ -106,6 +107,18 @@ def test_a_node_that_was_left_out_may_come_back(folder: Path) -> None:
         event = {"event": "left_out", "time": when.isoformat(), "nodes": {node: ["slow"]}, "exclude": True}
         history.write_text(history.read_text() + json.dumps(event) + "\n")
     assert job.end(75, "RUNNING", True) and (folder / EXCLUDED_FILE).read_text() == "n2"
+
+
+def test_a_mistake_in_a_later_start_is_no_mistake_of_the_configs(folder: Path) -> None:
+    """A lock that a dead node still holds, a disk that is away: the same run has trained before."""
+    run, place = folder.parents[1], {"job": 7, "restart": 0}
+    (folder / "job.log").write_text("")
+    assert not Job(folder, 7, 0).end(2, "RUNNING", True)  # it has never trained
+    note(run, "started", **place)
+    assert not Job(folder, 7, 0).end(2, "RUNNING", True)  # it ended so by itself: bad steps, again and again
+    assert Job(folder, 7, 1).end(2, "RUNNING", True) and read_history(run)[-1]["meaning"] == "failed"
+    note(run, "submitted", jobs=[8], nodes=2)  # perhaps with other settings
+    assert not Job(folder, 8, 0).end(2, "RUNNING", True)
 
 
 def test_jobs_of_a_chain_that_are_not_needed_end_at_once(folder: Path) -> None:
