@@ -10,6 +10,7 @@ from conftest import sft_settings, write_config
 from llada_train.config.load import load_config
 from llada_train.data.sft import SftData
 from llada_train.evaluation.answers import answers_report
+from llada_train.sampling.denoiser import every_position
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_model_that_knows_the_answers_gives_them_all(data: SftData) -> None:
             found[b, torch.arange(len(row)), torch.tensor(tokens)] = 100.0
         return found
 
-    report = answers_report(logits, data)
+    report = answers_report(every_position(logits), data)
     assert (report.examples, report.exact_match) == (8, 1.0)
     assert report.bound == pytest.approx(0, abs=1e-6)
     prompt, response, answer = report.samples[0]
@@ -41,7 +42,7 @@ def test_a_model_that_knows_the_answers_gives_them_all(data: SftData) -> None:
 
 def test_a_model_that_knows_nothing_gives_none_and_its_bound_is_that_of_a_die(data: SftData) -> None:
     """Each masked token costs ln V; over p·L' of them, and t spread evenly, that is the bound, up to chance."""
-    report = answers_report(lambda ids: torch.zeros(*ids.shape, 300), data)
+    report = answers_report(every_position(lambda ids: torch.zeros(*ids.shape, 300)), data)
     assert report.exact_matches == 0
     assert report.bound == pytest.approx(math.log(300), rel=0.5)
     masked = sum(row.loss_weight * row.mask.sum() for row in data.validation_batch(range(8)))
