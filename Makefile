@@ -21,7 +21,7 @@ demo-sft: $(INSTALLED) ## Pairs to a model that answers held-out questions, in a
 
 # Two tests at a time, since they wait much; the tests of one file share what they start.
 test: $(INSTALLED) ## Run every test
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED) ## Every layout of up to 8 processes, and a run that is killed 50 times: hours on two cores
 	$(BIN)/pytest tests/distributed/test_layouts.py --every-layout
