@@ -260,7 +260,18 @@ def _check_size(settings: CorpusConfig, examples: _Examples, sequence_length: in
 
 
 def _resolved(config: Config, sft: SftConfig, examples: int) -> Config:
-    """The config with a template of its own as text, and learning-rate phases in tokens, rounded up to whole steps.
+    """The config with a template of its own as text, and as `phases_in_tokens`.
+
+    Raises:
+        UserError: as that.
+    """
+    if sft.chat_template not in TEMPLATES:
+        sft = sft.model_copy(update={"chat_template": template_source(sft.chat_template)})
+    return phases_in_tokens(config, examples).model_copy(update={"sft": sft})
+
+
+def phases_in_tokens(config: Config, examples: int) -> Config:
+    """The config of an SFT run of so many training examples, its learning-rate phases in tokens, in whole steps.
 
     Raises:
         UserError: one does not come after the one before.
@@ -283,6 +294,4 @@ def _resolved(config: Config, sft: SftConfig, examples: int) -> Config:
             )
         phases.append(LearningRatePhase(until_tokens=until, end=phase.end, start=phase.start))
     optimizer = config.optimizer.model_copy(update={"learning_rate": phases})
-    if sft.chat_template not in TEMPLATES:
-        sft = sft.model_copy(update={"chat_template": template_source(sft.chat_template)})
-    return config.model_copy(update={"optimizer": optimizer, "sft": sft})
+    return config.model_copy(update={"optimizer": optimizer})

@@ -38,13 +38,16 @@ def plan(
     write_rate: Annotated[
         float, typer.Option(min=0.001, help="GB/s at which all nodes together write a checkpoint.")
     ] = 10.0,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="SFT: training examples, where the data sets are not here to be counted.")
+    ] = None,
 ) -> None:
     """What a run would need, before there is any data or GPU: memory by cause, time, traffic; does it fit?
 
-    All by arithmetic from the config and the GPU's data sheet. Exit code 1: it does not fit. Of an SFT run the data
-    sets have to be there, to count epochs by; rows are taken to be as long as data.sequence_length, the most they are.
+    All by arithmetic from the config and the GPU's data sheet. Exit code 1: it does not fit. The rows of an SFT run are
+    taken to be as long as data.sequence_length, the most they are.
 
-    Example: llada-train plan configs/pretrain/llada_8b.yaml --nodes 32 --gpu h800 --search
+    Example: llada-train plan configs/pretrain/llada_8b.yaml --nodes 40 --gpu h800 --search
     """
     from llada_train.plan.chips import chip_called
     from llada_train.plan.plan import Machine, make_plan
@@ -57,14 +60,14 @@ def plan(
     if search:
         # The layout is what is looked for: the file's own need not divide these GPUs.
         keep = {text.partition("=")[0] for text in overrides or []}
-        found = find(_checked(config, overrides or []), machine, mfu, write_rate * 1e9, keep)
+        found = find(_checked(config, overrides or [], examples), machine, mfu, write_rate * 1e9, keep)
         if as_json:
             best = [plan_as_json(one) for one in found.best]
             typer.echo(json.dumps({"layouts": found.layouts, "fitting": len(found.fitting), "best": best}, indent=2))
         else:
             _print_search(found, machine)
         raise typer.Exit(int(not found.fitting))
-    checked = _checked(config, overrides or [], machine.gpus)
+    checked = _checked(config, overrides or [], examples, machine.gpus)
     one = make_plan(checked, machine, mfu, write_rate * 1e9)
     if as_json:
         typer.echo(json.dumps(plan_as_json(one), indent=2))
@@ -74,13 +77,23 @@ def plan(
     raise typer.Exit(int(not one.fits))
 
 
-def _checked(file: Path, overrides: list[str], world_size: int | None = None) -> "Config":
+def _checked(file: Path, overrides: list[str], examples: int | None, world_size: int | None = None) -> "Config":
     """The config with its learning-rate phases in tokens."""
     from llada_train.config.load import load_config
     from llada_train.data.opening import open_data
+    from llada_train.data.sft import phases_in_tokens
 
     config = load_config(file, overrides, world_size)
-    return config if config.sft is None else open_data(config).config
+    if config.sft is None:
+        if examples is not None:
+            raise UserError("--examples: is for SFT, whose length may be in epochs; leave it out")
+        return config
+    if examples is not None:
+        return phases_in_tokens(config, examples)
+    try:
+        return open_data(config).config
+    except UserError as error:
+        raise UserError(f"{error}; or give --examples, to plan without the data") from None
 
 
 def _gpus_per_node(cluster: Path | None) -> int:

@@ -1,8 +1,10 @@
+import math
 from pathlib import Path
 
 import pytest
 
 from llada_train.config.load import load_config
+from llada_train.data.sft import phases_in_tokens
 from llada_train.data.timeline import Timeline
 from llada_train.model.sizes import non_embedding_parameter_count, parameter_count
 from llada_train.plan.chips import chip_called
@@ -62,6 +64,17 @@ def test_recipes_run_on_the_machines_that_they_name(name: str, world_sizes: list
 def test_the_1b_recipe_is_as_long_as_the_papers_longest_1b_run() -> None:
     config = load_config(CONFIGS / "pretrain" / "llada_1b.yaml")
     assert Timeline(config).end_samples == 88_000 * 1280  # 461.37B tokens: Tab. 18
+
+
+@pytest.mark.parametrize(
+    "gpu",
+    ["h800", "h100", "h200"],
+)
+def test_the_8b_is_fine_tuned_on_one_node(gpu: str) -> None:
+    """As the paper's 4.5M pairs are, by the plan's arithmetic: rows all as long as they may be, nothing offloaded."""
+    config = phases_in_tokens(load_config(CONFIGS / "sft" / "llada_8b.yaml", world_size=8), 4_500_000)
+    one = make_plan(config, Machine(gpu, chip_called(gpu), 1, 8))
+    assert one.steps == math.ceil(3 * 4_500_000 / 256) and one.spare > 0.1 * one.machine.chip.memory_bytes
 
 
 @pytest.mark.parametrize(
