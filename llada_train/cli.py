@@ -60,7 +60,7 @@ def to_hf(
 ) -> None:
     """Write a checkpoint, of any layout, as a Hugging Face folder that transformers loads by itself.
 
-    Example: llada-train convert to-hf runs/demo hf
+    Example: llada-train convert to-hf runs/demo/train hf
     """
     from llada_train.checkpoint.reader import Checkpoint, open_verified
     from llada_train.convert.to_hf import check_export

@@ -153,6 +153,13 @@ def _print_search(found: "Found", machine: "Machine") -> None:
 
     from llada_train.plan.tables import SEARCH_COLUMNS, search_row
 
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    if not found.layouts:
+        console.print(
+            f"[yellow]No layout divides the global batch and the model among {machine.gpus} GPUs: take another number "
+            "of nodes, or another training.global_batch_size."
+        )
+        return
     title = (
         f"{machine.nodes} × {machine.gpus_per_node} {machine.chip_name}: {len(found.fitting):,} of {found.layouts:,} "
         "layouts fit; the quickest of each TP, PP, CP and ZeRO stage\nTimes are estimated: a difference of less than a "
@@ -163,4 +170,4 @@ def _print_search(found: "Found", machine: "Machine") -> None:
         table.add_column(column, justify="right")
     for one in found.best[:SHOWN]:
         table.add_row(*search_row(one))
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    console.print(table)
