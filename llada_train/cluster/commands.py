@@ -53,6 +53,7 @@ def submit(
     files = submission.prepare(config, overrides or [], cluster, nodes, accept_config_changes, chain, not dry_run)
     if dry_run:
         typer.echo(files.script, nl=False)
+        typer.echo("data and tokenizer were not looked at; without --dry-run they are", err=True)
         return
     jobs = submission.submit(files, nodes, chain)
     run = files.folder.parents[1]

@@ -174,7 +174,8 @@ def _text(source: Path, path: Path, plot: Path | None, batch_size: int) -> "tupl
         )
     if plot is not None:
         draw(report, plot)
-    table = Table(title=f"{report.tokens:,} tokens, {report.text_bytes:,} bytes")
+    left_over = f"; {report.left_over:,} at the end, less than a row, are not measured" if report.left_over else ""
+    table = Table(title=f"{report.tokens:,} tokens, {report.text_bytes:,} bytes{left_over}")
     table.add_column("t")
     table.add_column("bits per byte", justify="right")
     for one in report.buckets:

@@ -33,6 +33,8 @@ class Bucket:
 class TextReport:
     tokens: int
     text_bytes: int
+    left_over: int
+    """Tokens after the last whole row, which are not measured."""
     bits_per_byte: float
     standard_error: float
     buckets: list[Bucket]
@@ -72,7 +74,9 @@ def text_report(
         error = bits(float(values.std(ddof=1))) / np.sqrt(len(values))
         value = bits(float(values.mean()))
         buckets.append(Bucket(bucket / BUCKETS, (bucket + 1) / BUCKETS, value, float(error), len(values)))
-    return TextReport(rows.size, text_bytes, bits(bound.mean), bits(bound.standard_error), buckets)
+    return TextReport(
+        rows.size, text_bytes, len(ids) - rows.size, bits(bound.mean), bits(bound.standard_error), buckets
+    )
 
 
 def text_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
