@@ -76,6 +76,7 @@ class Cluster:
             raise CannotBeHadError(f"not installed: {', '.join(missing)} (Debian: munge slurmctld slurmd slurm-client)")
         self.folder = folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._waiting_since: dict[int, float] = {}
         self._write_files()
         try:
             self._start_network()
@@ -232,8 +233,13 @@ class Cluster:
         return self.job(number, "JobState")
 
     def hurry(self, number: int) -> None:
-        """A job that was queued again waits for a while; not here."""
-        if self.job(number, "Reason") == "BeginTime":
+        """A job that was queued again waits for a while; not here.
+
+        But for two seconds: SLURM tells its new credential from the one that was revoked by the second of each.
+        """
+        if self.job(number, "Reason") != "BeginTime":
+            self._waiting_since.pop(number, None)
+        elif time.monotonic() - self._waiting_since.setdefault(number, time.monotonic()) > 2:
             self.run("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
 
     def wait_for(self, condition: Callable[[], object], interval: float = 0.05) -> None:
