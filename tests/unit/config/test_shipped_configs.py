@@ -67,6 +67,16 @@ def test_the_1b_recipe_is_as_long_as_the_papers_longest_1b_run() -> None:
 
 
 @pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("[ps]*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_every_recipe_is_planned(path: Path) -> None:
+    config = load_config(path, world_size=2)
+    config = config if config.sft is None else phases_in_tokens(config, 10_000)
+    one = make_plan(config, Machine("h100", chip_called("h100"), 1, 2))
+    assert one.steps > 0 and one.hours > 0 and one.memory[one.fullest].total > 0
+
+
+@pytest.mark.parametrize(
     "gpu",
     ["h800", "h100", "h200"],
 )
