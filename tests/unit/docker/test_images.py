@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
 DOCKERFILES = {path.name: path.read_text() for path in sorted((ROOT / "docker").glob("Dockerfile*"))}
 UNREACHABLE = ("error sending request", "Failed to fetch", "dns error", "operation timed out")
