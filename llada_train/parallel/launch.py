@@ -22,6 +22,7 @@ from llada_train.config.errors import UserError
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_SECONDS = 10.0
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2  # <sys/prctl.h>
 HUNG_EXIT_CODE = 70  # EX_SOFTWARE: a rank made no progress for training.hang_timeout_seconds and told its stacks
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by a signal, a checkpoint is saved; the same command goes on from it
 
@@ -57,8 +58,8 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
     """Run `command` N times with torchrun's environment variables; return the first non-zero exit code, or 0.
 
     SIGTERM, SIGUSR1 and Ctrl-C go on to every process. When one fails the others get SIGTERM, and after a grace time
-    SIGKILL; when this process is killed, all get SIGTERM. None is left behind. A process that ends by a signal which
-    was passed on, since it does not listen yet, is stopped and has not failed.
+    SIGKILL; when this process is killed, all end (see `outlive_launcher`). None is left behind. A process that ends by
+    a signal which was passed on, since it does not listen yet, is stopped and has not failed.
     """
     shared = {
         **os.environ,
@@ -82,7 +83,7 @@ def launch_local(processes: int, command: Sequence[str]) -> int:
             env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C reaches the workers once, through `forward`.
             workers.append(
-                subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=partial(_stop_with, os.getpid()))
+                subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=partial(_die_with, os.getpid()))
             )
         for number in list(asked):
             _send(workers, number)
@@ -123,13 +124,25 @@ def _send(workers: list[subprocess.Popen[bytes]], number: int) -> None:
             worker.send_signal(number)
 
 
-def _stop_with(launcher: int) -> None:
-    """Run by a worker as it starts: should the launcher be killed, Linux sends SIGTERM, so that it saves and ends."""
+def _die_with(launcher: int) -> None:
+    """Run by a worker as it starts: should the launcher be killed, Linux kills the worker."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the launcher's handler, which is still there
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != launcher:  # killed before this was set
         os._exit(1)
+
+
+def outlive_launcher() -> None:
+    """A worker that has joined the others may have something to save: its launcher's death asks it to stop (SIGTERM).
+
+    Before, that kills it: a worker that remembered the signal would wait for one that had not listened and is gone.
+    """
+    if sys.platform == "linux":
+        libc, number = ctypes.CDLL(None), ctypes.c_int()
+        libc.prctl(_PR_GET_PDEATHSIG, ctypes.byref(number))
+        if number.value == signal.SIGKILL:  # started by `launch_local`
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def own_command(arguments: Sequence[str]) -> list[str]:

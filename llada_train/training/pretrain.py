@@ -22,7 +22,7 @@ from llada_train.model.sizes import MASTER
 from llada_train.model.weights import InitialWeights, Shard
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
-from llada_train.parallel.launch import STOPPED_EXIT_CODE
+from llada_train.parallel.launch import STOPPED_EXIT_CODE, outlive_launcher
 from llada_train.parallel.topology import Topology
 from llada_train.training.answers import Answers
 from llada_train.training.journal import Journal, StartTimes
@@ -51,6 +51,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
     watchdog.beat("joining the other processes")
     # Longer than the watchdog waits: of a rank that hangs it tells more than a collective that gives up.
     here = topology.initialize(config.parallel, timedelta(seconds=2 * config.training.hang_timeout_seconds))
+    outlive_launcher()
     try:
         watchdog.beat("looking into the corpora")
         with here.failing_together():
@@ -83,9 +84,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             loader=TrainingLoader(ours, config, here.place),
             timeline=timeline,
             validation=validation(data, config, here.place),
-            answers=Answers(data, config, here.place)
-            if isinstance(data, SftData) and config.validation.answers
-            else None,
+            answers=_answers(data, config, here.place),
             run=run,
             writer=writer,
             log=log,

@@ -22,8 +22,18 @@ def stop():
     for _ in range(2):
         os.kill(os.getppid(), signal.SIGTERM)  # the launcher
     time.sleep(0.5)
-if sys.argv[1] == "while importing" and os.environ["RANK"] == "1":
-    stop()
+def lose_the_launcher():
+    import socket
+    while True:  # until rank 0 waits for this one
+        try:
+            socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"]))).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(3600)
+if os.environ["RANK"] == "1":
+    {"while importing": stop, "while another joins": lose_the_launcher}.get(sys.argv[1], lambda: None)()
 StopRequest()
 import llada_train.parallel.topology as topology
 topology.quiet_engines()
@@ -124,6 +134,13 @@ def test_signals_while_it_starts(tiny_data: Path, tmp_path: Path, moment: str, s
     code, _, errors = run.end()
     assert (code, errors) == (75, "")
     assert saved_step(run.folder) == last_step(run.folder) == saved
+
+
+def test_a_launcher_killed_while_some_wait_for_others(tiny_data: Path, tmp_path: Path) -> None:
+    """No rank is left that waits for one which is gone."""
+    run = disturbed(new_run(tiny_data, tmp_path), "while another joins")
+    code, _, _ = run.end()
+    assert (code, last_step(run.folder)) == (-signal.SIGKILL, 0)
 
 
 @pytest.mark.parametrize("disturbance", ["sleeps", "is stopped"])
