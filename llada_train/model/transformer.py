@@ -84,7 +84,8 @@ def transformer_config(config: Config, use_cpu: bool) -> TransformerConfig:
     )
 
 
-def _layer_spec(kernels: Kernels) -> ModuleSpec:
+def layer_spec(kernels: Kernels) -> ModuleSpec:
+    """A layer of ours, for megatron-core's blocks to build."""
     params = {"kernels": kernels}
     return ModuleSpec(
         module=TransformerLayer,
@@ -134,7 +135,7 @@ class Stage(MegatronModule):
         self.decoder = TransformerBlock(
             config,
             TransformerBlockSubmodules(
-                layer_specs=[_layer_spec(kernels)] * layers,
+                layer_specs=[layer_spec(kernels)] * layers,
                 layer_norm=ModuleSpec(module=RMSNorm, params={"kernels": kernels}),
             ),
             pre_process=first,
