@@ -1,4 +1,4 @@
-"""A long run in one process: it does not grow, and it does not wait for its data."""
+"""A long run in one process does not grow."""
 
 import gc
 import os
@@ -18,7 +18,7 @@ from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
 
 STEPS, SETTLED = 1000, 400  # caches and allocators have filled after so many
-GROWTH = 12 * 2**20  # beyond that of allocators: a batch kept from each step would be twice as much
+GROWTH = 5 * 2**20  # bytes; it is under 1 MiB, and would be 10 if each step's batch were kept
 
 
 def resident() -> int:
@@ -31,7 +31,7 @@ def resident() -> int:
 def test_a_thousand_steps_take_no_more_memory(
     make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens_per_step = 16 * 32
+    tokens_per_step = 8 * 32
     config = make_config(
         model={
             "num_layers": 1,
@@ -42,11 +42,11 @@ def test_a_thousand_steps_take_no_more_memory(
             "vocab_size": 300,
             "max_sequence_length": 64,
         },
-        training={"global_batch_size": 16, "micro_batch_size": 8, "precision": "fp32"},
+        training={"global_batch_size": 8, "micro_batch_size": 8, "precision": "fp32"},
         optimizer={"learning_rate": [{"until_tokens": STEPS * tokens_per_step, "start": 1e-3, "end": 1e-3}]},
         logging={"interval_steps": 100},
-        checkpoint={"interval_steps": 250},
-        validation={"interval_steps": 250, "sequences": 8},
+        checkpoint={"interval_steps": 500},
+        validation={"interval_steps": 500, "sequences": 8},
     )
     at: dict[int, int] = {}
     log = MetricsLog.train
@@ -68,5 +68,3 @@ def test_a_thousand_steps_take_no_more_memory(
     assert grown[STEPS] < GROWTH, {step: f"{size / 2**20:.1f} MiB" for step, size in grown.items()}
     last = [record for record in read_metrics(inputs.config.run_dir) if record["kind"] == "train"][-1]
     assert 0 < last["step_seconds_median"] <= last["step_seconds_p99"]
-    # Batches are made ahead, so that the loop only takes them; on two busy cores the two threads share the interpreter.
-    assert last["data_wait_seconds"] < 0.5 * last["step_seconds"]
