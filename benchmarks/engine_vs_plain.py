@@ -230,7 +230,7 @@ One process of one thread. {CONFIG.relative_to(ROOT)}: {model.num_layers} layers
 Both sides start from the same weights, read the same micro-batches, and lost the same at every step.
 The plain loop computes logits at every position; its bf16 is autocast over fp32 weights.
 {steps} timed steps after {WARMUP_STEPS} others in each of {rounds} processes per row of the table, sides alternating.
-Compiled: `training.kernels=compile`; else torch's kernels. The machine had other work.
+Compiled: `training.kernels=compile`; else torch's kernels.
 CPU time leaves out what other processes of the machine took. Memory is the process's peak, imports included.
 
 {machine_and_versions()}
