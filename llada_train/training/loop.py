@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from llada_train.checkpoint.manifest import Progress
 from llada_train.checkpoint.restore import load_newest
@@ -17,7 +18,6 @@ from llada_train.data.timeline import Timeline
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
 from llada_train.parallel.topology import any_rank, gather
 from llada_train.plan.flops import flops_per_token
-from llada_train.training.answers import Answers
 from llada_train.training.guard import Guard
 from llada_train.training.journal import Journal
 from llada_train.training.learning_rate import learning_rate
@@ -26,6 +26,9 @@ from llada_train.training.preflight import check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from llada_train.training.answers import Answers
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Trainer:
         loader: TrainingLoader,
         timeline: Timeline,
         validation: Validation,
-        answers: Answers | None,
+        answers: "Answers | None",
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
