@@ -103,10 +103,11 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if log is not None:
                 log.close()
                 _draw_curves(run.path)
-                if not complete:
-                    saved = checkpoints(run.checkpoints)[-1]
-                    step = trainer.progress.step
-                    print(f"stopped by a signal after step {step:,}; checkpoint {saved}; run the same command to go on")
+                saved, step = checkpoints(run.checkpoints)[-1], f"{trainer.progress.step:,}"
+                if complete:
+                    print(f"complete at step {step}; checkpoint {saved}")
+                else:
+                    print(f"stopped by a signal after step {step}; checkpoint {saved}; run the same command to go on")
         stop.ignore()
     finally:
         topology.shutdown()

@@ -43,6 +43,8 @@ def finish(config: Path, processes: int) -> str:
     process = start(config, processes)
     output, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (0, "")
+    newest = checkpoints(config.parent / "run" / FOLDER)[-1]
+    assert output.splitlines()[-1] == f"complete at step {int(newest.name.split('-')[1])}; checkpoint {newest}"
     return output
 
 
