@@ -105,12 +105,13 @@ def test_stopped_run_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path, straig
     assert_same_weights(config, straight)
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+@pytest.mark.parametrize("kind", ["pretrain", "packed sft"])
 def test_stopped_bf16_pipeline_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path, kind: str) -> None:
     settings = {"training__precision": "bf16", "parallel__pipeline_parallel": 2, "training__micro_batch_size": 8}
-    if kind == "sft":
+    if kind == "packed sft":
         phases = [{"until_steps": 4, "end": 2e-3}, {"until_steps": STEPS, "end": 1e-3}]
         settings |= {**sft_settings(tiny_data), "optimizer__learning_rate": phases}
+        settings |= {"sft": {"rows": "packed"}, "training__micro_batch_size": 2}
     straight = new_run(tiny_data, tmp_path / "straight", **settings)
     finish(straight, 2)
     config = new_run(tiny_data, tmp_path / "stopped", **settings)
