@@ -270,6 +270,15 @@ def test_the_batch_is_the_same_for_any_ranks_and_micro_batches(
     assert of(2, ranks, rows) == expected and set(expected) <= set(range(16, 32)) and len(expected) > 10
 
 
+def test_packed_samples_fit_with_the_padding_that_they_learn(make: Make, tmp_path: Path) -> None:
+    sft = {"rows": "packed", "eos_pad_group": 4, "cache": str(tmp_path / "cache")}
+    data = make(lines(tmp_path / "set.jsonl", PAIRS), sft=sft)
+    for first in range(0, 160, 16):
+        lengths = [len(sample.tokens) for sample in data.samples(first, range(first, first + 16))]
+        filled = [sum(lengths[g - first] for g in row) for row in data.packing(first)]
+        assert max(filled) <= 64 and sum(filled) == sum(lengths)
+
+
 def test_packed_rows_are_few_and_told(make: Make, tmp_path: Path) -> None:
     """More ranks than rows are left with rows that only fill up; what the user is told is what the loader does."""
     wide = {"model__max_sequence_length": 256, "data__sequence_length": 256}
