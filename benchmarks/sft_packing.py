@@ -33,7 +33,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 class Step(NamedTuple):
-    seconds: float
+    seconds: float  # of CPU time, of one thread, which other programs on the machine hardly change
     micro_batches: int
     columns: int  # of all rows, whatever is in them
     read: int  # tokens of examples with their learnt EOS
@@ -56,7 +56,7 @@ def main() -> None:
         path = ROOT / f"benchmarks/results/sft_packing_{date.today().isoformat()}.md"
         header = f"# Packed and padded rows of fine-tuning, {date.today().isoformat()}\n\n{machine_and_versions()}\n"
         how = (
-            f"- one process, one thread, fp32, the demo's model; rows of at most {SEQUENCE_LENGTH} tokens, "
+            f"- one process, CPU time of its one thread, fp32, the demo's model; rows of at most {SEQUENCE_LENGTH} tokens, "
             f"{GLOBAL_BATCH_SIZE} examples in a batch, median of {STEPS} steps; `python benchmarks/sft_packing.py`\n"
         )
         path.write_text(f"{header}{how}\n{report}\n", encoding="utf-8")
@@ -113,9 +113,9 @@ def measure(folder: Path) -> dict[tuple[int, int, str], list[Step]]:
             read = sum(len(sample.tokens) for sample in samples)
             # A weight is 1/(p·L'·N).
             learnt = sum(1 / (one.loss_weight * one.mask_probability * GLOBAL_BATCH_SIZE) for one in samples)
-            began = time.perf_counter()
+            began = time.process_time()
             done = engine.train_step(batches, learning_rate=0.0)
-            seconds = time.perf_counter() - began
+            seconds = time.process_time() - began
             columns = sum(batch.input_ids.numel() for batch in batches)
             measured = Step(seconds, len(batches), columns, read, round(learnt), done.losses.loss)
             if step:  # the first one also allocates
