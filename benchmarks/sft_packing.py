@@ -56,7 +56,8 @@ def main() -> None:
         path = ROOT / f"benchmarks/results/sft_packing_{date.today().isoformat()}.md"
         header = f"# Packed and padded rows of fine-tuning, {date.today().isoformat()}\n\n{machine_and_versions()}\n"
         how = (
-            f"- one process, CPU time of its one thread, fp32, the demo's model; rows of at most {SEQUENCE_LENGTH} tokens, "
+            f"- one process, CPU time of its one thread, fp32, the demo's model; rows of at most "
+            f"{SEQUENCE_LENGTH} tokens, "
             f"{GLOBAL_BATCH_SIZE} examples in a batch, median of {STEPS} steps; `python benchmarks/sft_packing.py`\n"
         )
         path.write_text(f"{header}{how}\n{report}\n", encoding="utf-8")
