@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llada_train.config.errors import UserError
+from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.corpus import Corpus
 from llada_train.data.place import ALONE, Place, place_of
@@ -61,7 +62,7 @@ def open_run(
     Raises:
         UserError: config, data or checkpoint are at fault, or they are not those of the run.
     """
-    inputs = open_inputs(config_file, overrides, processes, accept_config_changes=True)
+    inputs = open_inputs(load_config(config_file, overrides, processes), accept_config_changes=True)
     check_corpora(inputs.run, inputs.data)
     data, progress = inputs.data, inputs.run.progress
     if progress is not None:

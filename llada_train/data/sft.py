@@ -18,6 +18,7 @@ import numpy as np
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, CorpusConfig, LearningRatePhase, SftConfig
 from llada_train.data.chat import TEMPLATES, template_source
+from llada_train.data.corpus import CorpusIdentity
 from llada_train.data.order import BlockIndex
 from llada_train.data.packing import first_fit_decreasing
 from llada_train.data.prepared import PreparedSet
@@ -122,9 +123,12 @@ class SftData(TrainingData):
         ]
         self._held_out = [corpus.validation_documents for corpus in config.data.corpora]
         for settings, examples in zip(config.data.corpora, self._examples, strict=True):
-            _check_size(settings, examples, self.sequence_length)
+            _check_size(settings, examples, self.sequence_length, config.sft)
         self.config = _resolved(config, config.sft, sum(self.blocks_per_corpus))
         self._follow(self.timeline_after())
+
+    def counted(self, corpus: CorpusIdentity) -> str:
+        return f"{corpus.documents // 2:,} responses with {corpus.tokens:,} tokens"  # and as many contexts
 
     @property
     def blocks_per_corpus(self) -> list[int]:
@@ -265,11 +269,17 @@ class SftData(TrainingData):
         return self.tokenizer.decode(ids, keep_special=True)
 
 
-def _check_size(settings: CorpusConfig, examples: _Examples, sequence_length: int) -> None:
+def _check_size(settings: CorpusConfig, examples: _Examples, sequence_length: int, sft: SftConfig) -> None:
     if not examples.count:
+        why = {
+            "drop": "all are longer; raise it, or have them cut (sft.too_long=truncate_response)",
+            "truncate_response": "the prompts alone fill it; raise it, or have them cut (sft.too_long=truncate_prompt)",
+            "truncate_prompt": "the responses alone fill it; raise it, or have them cut "
+            "(sft.too_long=truncate_response)",
+        }
         raise UserError(
-            f"{settings.path}: none of its examples fits into data.sequence_length {sequence_length}; raise it, or set "
-            "sft.too_long"
+            f"{settings.path}: none of its examples fits into data.sequence_length {sequence_length}: "
+            f"{why[sft.too_long]}"
         )
     if settings.validation_documents >= examples.count:
         raise UserError(

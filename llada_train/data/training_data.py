@@ -149,6 +149,10 @@ class TrainingData(ABC):
         self.timeline = timeline
         self._order = Order(self.blocks_per_corpus, timeline.mixtures, self.config.seed)
 
+    def counted(self, corpus: CorpusIdentity) -> str:
+        """What it holds, in words."""
+        return f"{corpus.documents:,} documents with {corpus.tokens:,} tokens"
+
     @property
     def identities(self) -> list[CorpusIdentity]:
         """What tells the corpora from others."""

@@ -204,6 +204,14 @@ def test_what_is_too_long_is_cut_as_told_and_counted(make: Make, tmp_path: Path)
     assert len(found) == 25 and found[-1].endswith(f" and{ASKED}⟦to<|eot_id|><|endoftext|>⟧")
     data, found = build("drop")
     assert "2 too long and left out" in data.description[0] and len(found) == 24
+    for how, number, remedy in [
+        ("drop", 24, "all are longer; .*truncate_response"),
+        ("truncate_response", 25, "the prompts alone fill it; .*truncate_prompt"),
+        ("truncate_prompt", 24, "the responses alone fill it; .*truncate_response"),
+    ]:
+        path = lines(tmp_path / "long.jsonl", [records[number]] * 4)
+        with pytest.raises(UserError, match=f"none of its examples fits into data.sequence_length 64: {remedy}"):
+            make(path, sft={"too_long": how, "cache": str(tmp_path / "cache")})
 
 
 def test_prompts_are_never_noised_and_the_padding_of_a_group_is_learnt(make: Make, tmp_path: Path) -> None:
