@@ -110,9 +110,10 @@ def test_stopped_run_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path, straig
 def test_stopped_fine_tuning_in_a_bf16_pipeline_goes_on_bit_for_bit(tiny_data: Path, tmp_path: Path) -> None:
     settings = {
         **sft_settings(tiny_data),
+        "sft": {"rows": "packed"},
         "training__precision": "bf16",
         "parallel__pipeline_parallel": 2,
-        "training__micro_batch_size": 8,
+        "training__micro_batch_size": 2,
         "optimizer__learning_rate": [{"until_steps": 4, "end": 2e-3}, {"until_steps": STEPS, "end": 1e-3}],
     }
     straight = new_run(tiny_data, tmp_path / "straight", **settings)
