@@ -2,10 +2,13 @@
 
 import math
 import time
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from llada_train.checkpoint.manifest import Progress
 from llada_train.checkpoint.restore import load_newest
@@ -29,6 +32,8 @@ from llada_train.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from llada_train.training.answers import Answers
+
+RECENT_STEPS = 1000  # of which the log tells how evenly they pass
 
 
 @dataclass
@@ -84,6 +89,7 @@ class Trainer:
         self.journal, self.answers = journal, answers
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
+        self.recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self.reasons: list[str] = []  # why the last steps in a row were refused
 
     def train(self) -> bool:
@@ -125,6 +131,7 @@ class Trainer:
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
                     seconds = time.perf_counter() - started
+                    self.recent_seconds.append(seconds)
                     interval.add(phase.tokens_per_step, self._flops(batch), step, rate, seconds, data_wait)
                 device = self.engine.topology.device
                 stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
@@ -253,6 +260,8 @@ class Trainer:
             model_flops_per_second=sum(rank[2] for rank in everyones) / copies / interval.seconds,
             data_wait_seconds=interval.data_wait / interval.steps,
             step_seconds=interval.seconds / interval.steps,
+            step_seconds_median=float(np.median(self.recent_seconds)),
+            step_seconds_p99=float(np.quantile(self.recent_seconds, 0.99)),
             nelbo_by_t=interval.losses.bound_by_t(),
         )
 

@@ -19,6 +19,7 @@ from llada_train.data.loader import TrainingLoader, validation
 from llada_train.data.place import Place
 from llada_train.data.sft import SftData
 from llada_train.data.training_data import TrainingData
+from llada_train.model.kernels import kernels
 from llada_train.model.sizes import MASTER
 from llada_train.model.weights import InitialWeights, Shard
 from llada_train.parallel import topology
@@ -61,6 +62,8 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if here.is_main:  # a few reads of each, which thousands of ranks need not do as well
                 check_content(inputs)
         _check_the_same(data, here)
+        with here.failing_together():
+            kernels(config.training.kernels, here.device)
         start.now("model")
         watchdog.beat("building the model")
         engine = Engine(config, here)

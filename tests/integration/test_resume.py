@@ -23,6 +23,7 @@ STEPS = 20
 TOKENS_PER_STEP = 16 * 32
 PHASES = [{"until_tokens": 4 * TOKENS_PER_STEP, "end": 2e-3}, {"until_tokens": STEPS * TOKENS_PER_STEP, "end": 1e-3}]
 TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
+TIMINGS |= {"step_seconds_median", "step_seconds_p99"}
 
 Record = dict[str, Any]
 
