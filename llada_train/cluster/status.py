@@ -88,8 +88,8 @@ def status(run: Path) -> Status:
         loss=train["loss"] if train else None,
         held_out_bound=bound["bound"] if bound else None,
         tokens_per_second=rate,
-        step_seconds_median=train.get("step_seconds_median") if train else None,  # a run of before has none
-        step_seconds_p99=train.get("step_seconds_p99") if train else None,
+        step_seconds_median=train["step_seconds_median"] if train else None,
+        step_seconds_p99=train["step_seconds_p99"] if train else None,
         data_wait_share=train["data_wait_seconds"] / train["step_seconds"] if train else None,
         mfu=mfu,
         mfu_unknown_because=because,

@@ -180,6 +180,11 @@ class SftConfig(Section):
         description="so many consecutive samples of a global batch are padded to the longest of them with EOS that is "
         "learnt; the paper: its micro-batch of 2. 1: every response ends with one EOS",
     )
+    rows: Literal["padded", "packed"] = Field(
+        default="padded",
+        description="padded: an example is a row, as in the paper; packed: examples of a global batch that do not see "
+        "each other share rows of data.sequence_length, which trains the same in fewer of them",
+    )
     too_long: Literal["truncate_response", "truncate_prompt", "drop"] = Field(
         default="truncate_response",
         description="what does not fit into data.sequence_length: responses lose their end, prompts their beginning, "
@@ -271,7 +276,9 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     global_batch_size: PositiveInt = Field(description="sequences per optimizer step, over all data-parallel ranks")
-    micro_batch_size: PositiveInt = Field(description="sequences in one forward pass of one data-parallel rank")
+    micro_batch_size: PositiveInt = Field(
+        description="sequences, or packed rows of them, in one forward pass of one data-parallel rank"
+    )
     precision: Literal["bf16", "fp32"] = Field(
         default="bf16", description="of weights and activations; master weights, gradients and moments are fp32"
     )

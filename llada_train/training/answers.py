@@ -9,7 +9,7 @@ from llada_train.data.batch import Batch
 from llada_train.data.loader import micro_batches, place_rows
 from llada_train.data.place import Place
 from llada_train.data.sft import SftData
-from llada_train.data.training_data import Row
+from llada_train.data.training_data import Row, Sample
 from llada_train.evaluation.answers import STEPS, until
 from llada_train.parallel.engine import Engine
 
@@ -56,7 +56,7 @@ class Answers:
         mask_id = self._data.tokenizer.mask_id
 
         def row(i: int) -> Row:
-            return Row(i, tokens[i], tokens[i] == mask_id, 1.0, 1.0, (len(tokens[i]),))
+            return (Sample(i, tokens[i], tokens[i] == mask_id, 1.0, 1.0, (len(tokens[i]),)),)
 
         own, fillers = place_rows(self.count, self._data, self._config, self._place)
         rows = [*map(row, own), *fillers]

@@ -22,6 +22,7 @@ _FREE = (
     "training.replica_check_interval_steps",
     "data.prefetch",
     "sft.cache",
+    "sft.rows",
 )
 _FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "guard.", "checkpoint.", "validation.", "logging.")
 _IN_SCHEDULE = ("training.global_batch_size", "data.sequence_length", "data.corpora.")

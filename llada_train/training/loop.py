@@ -6,6 +6,7 @@ from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from llada_train.data.timeline import Timeline
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
 from llada_train.parallel.topology import any_rank, gather
 from llada_train.plan.flops import flops_per_token
-from llada_train.training.answers import Answers
 from llada_train.training.guard import Guard
 from llada_train.training.journal import Journal
 from llada_train.training.learning_rate import learning_rate
@@ -29,6 +29,9 @@ from llada_train.training.preflight import check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from llada_train.training.answers import Answers
 
 RECENT_STEPS = 1000  # of which the log tells how evenly they pass
 
@@ -72,7 +75,7 @@ class Trainer:
         loader: TrainingLoader,
         timeline: Timeline,
         validation: Validation,
-        answers: Answers | None,
+        answers: "Answers | None",
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only

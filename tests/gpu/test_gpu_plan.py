@@ -51,6 +51,7 @@ def test_a_step_takes_the_memory_that_is_planned(recompute: str, monkeypatch: py
         masked_positions=torch.arange(B * S),
         targets=torch.zeros(B * S, dtype=torch.long),
         loss_weight=torch.full((B * S,), 1 / (B * S)),
+        masked_samples=torch.arange(B * S) // S,
         sample_index=torch.arange(B),
         t=torch.ones(B),
     )

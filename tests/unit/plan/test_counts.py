@@ -89,6 +89,7 @@ def all_masked(config: Config, share: int = 1) -> Batch:
         masked_positions=masked,
         targets=torch.zeros(len(masked), dtype=torch.long),
         loss_weight=torch.ones(len(masked)),
+        masked_samples=masked // S,
         sample_index=torch.arange(B),
         t=torch.ones(B),
     )
