@@ -33,8 +33,10 @@ check: $(INSTALLED) ## Lint, format, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## Engine against a plain loop, layouts against arithmetic, checkpoints against torch's, cost of guards, cleaning
+bench: $(INSTALLED) ## Engine and head against plain ones, layouts against arithmetic, checkpoints against torch's, cost of guards, cleaning
 	$(BIN)/python benchmarks/engine_vs_plain.py
+	$(BIN)/python benchmarks/engine_vs_plain.py --vocabulary 126464 --steps 2 --rounds 1
+	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/guards.py

@@ -22,10 +22,11 @@ def make_data(folder: Path, files: int | None = None) -> None:
 
 
 def machine_and_versions() -> str:
-    """Two Markdown items: processor, cores, system; Python, engines, commit."""
+    """Two Markdown items: processor, cores, system, its other work; Python, engines, commit."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return f"""- {_processor()}, {os.cpu_count()} cores, {platform.system()}
+    load = f", load {os.getloadavg()[0]:.0f} when done" if hasattr(os, "getloadavg") else ""
+    return f"""- {_processor()}, {os.cpu_count()} cores, {platform.system()}{load}
 - Python {platform.python_version()}, {versions}; commit {commit.stdout.strip() or "unknown"}"""
 
 
