@@ -24,7 +24,7 @@ test: $(INSTALLED) ## Run every test
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED) ## Every layout of up to 8 processes, and a run that is killed 50 times: hours on two cores
-	$(BIN)/pytest tests/distributed/test_layouts.py --every-layout
+	$(BIN)/pytest tests/distributed/test_layouts.py tests/integration/test_resume.py --every-layout
 	$(BIN)/pytest tests/integration/test_faults.py -k killed --kills 50 --timeout 7200
 
 check: $(INSTALLED) ## Lint, format, types, and the direction of imports

@@ -10,13 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_data(folder: Path) -> None:
+def make_data(folder: Path, files: int | None = None) -> None:
     """`tokenizer/` and `corpus.*` from some of the Python standard library's sources."""
     from data_tools.sources import Sources
     from data_tools.tokenize import tokenize
     from data_tools.train_tokenizer import train_tokenizer
 
-    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:files]
     train_tokenizer((path.read_text(encoding="utf-8") for path in library), 2048, folder / "tokenizer")
     tokenize(Sources(library), folder / "tokenizer", folder / "corpus")
 

@@ -102,15 +102,19 @@ def engine_step(config: Config) -> TrainStep:
     return lambda batches: engine.train_step(batches, LEARNING_RATE)[0].loss
 
 
-def plain_step(config: Config) -> TrainStep:
-    """The loop that one would write: forward, cross-entropy where masked, AdamW. bf16 is autocast over fp32 weights."""
+def plain_step(config: Config, weights: Any = None) -> TrainStep:
+    """The loop that one would write: forward, cross-entropy where masked, AdamW. bf16 is autocast over fp32 weights.
+
+    `weights`: initial ones, on the device that is to train; None: the engine's.
+    """
     import torch
     from torch.nn import functional as F
 
     from llada_train.convert.plain import plain_model
     from llada_train.model.weights import InitialWeights
 
-    model = plain_model(InitialWeights(config.model, config.seed), config.model).train()
+    model = plain_model(weights or InitialWeights(config.model, config.seed), config.model).train()
+    device = model.device
     settings = config.optimizer
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
@@ -127,8 +131,8 @@ def plain_step(config: Config) -> TrainStep:
 
     def step(batches: list[Any]) -> float:
         total = 0.0
-        for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16"):
+        for batch in (batch.to(device) for batch in batches):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
                 logits = model(batch.input_ids).logits
             masked = logits.flatten(0, 1)[batch.masked_positions].float()
             loss = (batch.loss_weight * F.cross_entropy(masked, batch.targets, reduction="none")).sum()

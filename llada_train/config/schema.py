@@ -287,6 +287,11 @@ class TrainingConfig(Section):
         description="activations computed again in backward instead of kept; selective: what lies between matrix "
         "multiplications (norms, SwiGLU); full: whole layers",
     )
+    kernels: Literal["auto", "torch", "compile", "liger"] = Field(
+        default="auto",
+        description="what fuses RMSNorm, rotary embeddings and SwiGLU; compile: torch.compile, which needs a compiler; "
+        "liger: Liger's Triton kernels; auto: compile on GPUs that have what it needs, else torch",
+    )
     deterministic: bool = Field(
         default=False,
         description="on GPUs: only kernels that give the same bits every time, slower; CPUs always give the same bits",

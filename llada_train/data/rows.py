@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llada_train.config.errors import UserError
+from llada_train.config.errors import UserError, under_key
 from llada_train.config.schema import Config, CorpusConfig
 from llada_train.data.corpus import Corpus, Manifest
 from llada_train.data.order import BlockIndex
@@ -63,7 +63,7 @@ class PretrainingData(TrainingData):
         # Opening waits for file systems far away, so many are opened at once; which is at fault first is the config's
         # order all the same.
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-            opened = list(pool.map(self._open, config.data.corpora))
+            opened = list(pool.map(self._open, range(len(config.data.corpora)), config.data.corpora))
         self.corpora = [training.corpus for training, _ in opened]
         self._training = [training for training, _ in opened]
         self._held_out = [held_out for _, held_out in opened]
@@ -236,10 +236,11 @@ class PretrainingData(TrainingData):
                 f"({len(without)} of {len(documents)} looked at do not); `llada-data add-eos` gives it to them"
             )
 
-    def _open(self, settings: CorpusConfig) -> tuple[_Stream, _Stream | None]:
+    def _open(self, number: int, settings: CorpusConfig) -> tuple[_Stream, _Stream | None]:
         """The training and the held-out stream of one corpus."""
-        config = self.config
-        corpus, held_out = Corpus(settings.path), settings.validation_documents
+        config, held_out = self.config, settings.validation_documents
+        with under_key(f"data.corpora.{number}.path"):
+            corpus = Corpus(settings.path)
         for prefix, manifest in corpus.manifests.items():
             self._check_tokenizer(prefix, manifest)
         if held_out >= corpus.num_documents:

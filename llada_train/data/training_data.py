@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from llada_train.config.errors import UserError
+from llada_train.config.errors import UserError, under_key
 from llada_train.config.schema import Config
 from llada_train.data.corpus import Corpus, CorpusIdentity
 from llada_train.data.order import Order
@@ -66,10 +66,10 @@ class TrainingData(ABC):
             UserError: the tokenizer is missing or damaged, or the model's vocabulary too small for it.
         """
         self.config = config
-        """With all that hangs on the sizes of the data."""
         self.sequence_length = config.data.sequence_length  # of validation rows
         self.block_length = config.block_length
-        self.tokenizer = Tokenizer.load(config.data.tokenizer)
+        with under_key("data.tokenizer"):
+            self.tokenizer = Tokenizer.load(config.data.tokenizer)
         self._vocab_size = config.model.vocab_size
         if self.tokenizer.vocab_size > self._vocab_size:
             raise UserError(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
+from llada_train.model.kernels import kernels
 from llada_train.model.transformer import LLaDATransformer, Stage, transformer_config
 from llada_train.model.weights import Shard, shards
 from llada_train.parallel import cpu
@@ -105,7 +106,7 @@ class Engine:
         self._zero_stage = config.parallel.zero_stage
         self._adds_gradients_in_hooks = self.bf16 and self._zero_stage == 1
         model_config = transformer_config(config, topology.device.type == "cpu")
-        self.model = LLaDATransformer(config.model, model_config)
+        self.model = LLaDATransformer(config.model, model_config, kernels(config.training.kernels, topology.device))
         self.shards = list(shards(self.model, config.model))
         for shard in self.shards:  # DeepSpeed's own name for "this rank counts it in the gradient norm"
             shard.parameter.model_parallel = shard.owned  # type: ignore[attr-defined]

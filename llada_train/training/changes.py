@@ -16,6 +16,7 @@ _FREE = (
     "init_from",
     "training.micro_batch_size",
     "training.recompute",
+    "training.kernels",
     "training.deterministic",
     "training.hang_timeout_seconds",
     "training.replica_check_interval_steps",

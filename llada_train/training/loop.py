@@ -2,9 +2,13 @@
 
 import math
 import time
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from llada_train.checkpoint.manifest import Progress
 from llada_train.checkpoint.restore import load_newest
@@ -17,7 +21,6 @@ from llada_train.data.timeline import Timeline
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
 from llada_train.parallel.topology import any_rank, gather
 from llada_train.plan.flops import flops_per_token
-from llada_train.training.answers import Answers
 from llada_train.training.guard import Guard
 from llada_train.training.journal import Journal
 from llada_train.training.learning_rate import learning_rate
@@ -26,6 +29,11 @@ from llada_train.training.preflight import check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from llada_train.training.answers import Answers
+
+RECENT_STEPS = 1000  # of which the log tells how evenly they pass
 
 
 @dataclass
@@ -67,7 +75,7 @@ class Trainer:
         loader: TrainingLoader,
         timeline: Timeline,
         validation: Validation,
-        answers: Answers | None,
+        answers: "Answers | None",
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
@@ -81,6 +89,7 @@ class Trainer:
         self.journal, self.answers = journal, answers
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
+        self.recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self.reasons: list[str] = []  # why the last steps in a row were refused
 
     def train(self) -> bool:
@@ -122,6 +131,7 @@ class Trainer:
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
                     seconds = time.perf_counter() - started
+                    self.recent_seconds.append(seconds)
                     interval.add(phase.tokens_per_step, self._flops(batch), step, rate, seconds, data_wait)
                 device = self.engine.topology.device
                 stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
@@ -250,6 +260,8 @@ class Trainer:
             model_flops_per_second=sum(rank[2] for rank in everyones) / copies / interval.seconds,
             data_wait_seconds=interval.data_wait / interval.steps,
             step_seconds=interval.seconds / interval.steps,
+            step_seconds_median=float(np.median(self.recent_seconds)),
+            step_seconds_p99=float(np.quantile(self.recent_seconds, 0.99)),
             nelbo_by_t=interval.losses.bound_by_t(),
         )
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,13 +19,13 @@ from llada_train.data.loader import TrainingLoader, validation
 from llada_train.data.place import Place
 from llada_train.data.sft import SftData
 from llada_train.data.training_data import TrainingData
+from llada_train.model.kernels import kernels
 from llada_train.model.sizes import MASTER
 from llada_train.model.weights import InitialWeights, Shard
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE, outlive_launcher
 from llada_train.parallel.topology import Topology
-from llada_train.training.answers import Answers
 from llada_train.training.journal import Journal, StartTimes
 from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plan_lines, plot_curves, warn
@@ -32,6 +33,9 @@ from llada_train.training.preflight import Inputs, check_content, check_phases
 from llada_train.training.run_folder import RunFolder
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from llada_train.training.answers import Answers
 
 
 def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: StartTimes) -> int:
@@ -58,6 +62,8 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if here.is_main:  # a few reads of each, which thousands of ranks need not do as well
                 check_content(inputs)
         _check_the_same(data, here)
+        with here.failing_together():
+            kernels(config.training.kernels, here.device)
         start.now("model")
         watchdog.beat("building the model")
         engine = Engine(config, here)
@@ -100,10 +106,11 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if log is not None:
                 log.close()
                 _draw_curves(run.path)
-                if not complete:
-                    saved = checkpoints(run.checkpoints)[-1]
-                    step = trainer.progress.step
-                    print(f"stopped by a signal after step {step:,}; checkpoint {saved}; run the same command to go on")
+                saved, step = checkpoints(run.checkpoints)[-1], f"{trainer.progress.step:,}"
+                if complete:
+                    print(f"complete at step {step}; checkpoint {saved}")
+                else:
+                    print(f"stopped by a signal after step {step}; checkpoint {saved}; run the same command to go on")
         stop.ignore()
     finally:
         topology.shutdown()
@@ -127,10 +134,12 @@ def _check_the_same(data: TrainingData, here: Topology) -> None:
                 )
 
 
-def _answers(data: TrainingData, config: Config, place: Place) -> Answers | None:
+def _answers(data: TrainingData, config: Config, place: Place) -> "Answers | None":
     """None: none are asked for, or no prompts are held out."""
     if not isinstance(data, SftData) or not config.validation.answers or not sum(data.validation_counts):
         return None
+    from llada_train.training.answers import Answers  # transformers, a second on every rank of a run that needs none
+
     return Answers(data, config, place)
 
 

@@ -48,6 +48,7 @@ def compare(make_config: Callable[..., Path]) -> Callable[..., ConfigChanges]:
             "schedule": [*SCHEDULE, {"from_tokens": 5000, "weights": {"c": 1}}],
         },
         {"optimizer__learning_rate": [{"until_tokens": 9000, "end": 1e-4}], "training__micro_batch_size": 4},
+        {"training__kernels": "compile", "training__recompute": "full"},
         {"data__block_length": 32},
         {"data__corpora": [CORPORA[0], {**CORPORA[1], "path": "elsewhere/b"}]},
     ],
