@@ -9,10 +9,10 @@ from torch import Tensor
 
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-from llada_train.sampling.denoiser import PlainDenoiser
+from llada_train.sampling.denoiser import PlainDenoiser, Query, Read
+from llada_train.sampling.noise import position_seeds, uniforms
 from llada_train.sampling.options import SamplingOptions
 from llada_train.sampling.sampler import generate
-from llada_train.sampling.schedule import step_seed
 from llada_train.sampling.text import continue_prompts, fill_rows
 
 V, MASK, EOS, EOT = 24, 23, 1, 2
@@ -43,8 +43,8 @@ def our_noise(logits: Tensor, step: int, open_: Tensor) -> Tensor:
     """The sampler's own numbers at the positions that may be committed."""
     uniform = torch.full(logits.shape, 0.5, dtype=torch.float64)
     for key, row in enumerate(open_):
-        generator = torch.Generator().manual_seed(step_seed(0, key, step))
-        uniform[key, row] = torch.rand(int(row.sum()), V, generator=generator, dtype=torch.float64)
+        columns = row.nonzero()[:, 0]
+        uniform[key, columns] = uniforms(position_seeds(0, key, step, columns - 3), V)  # all prompts have 3 tokens
     return uniform
 
 
@@ -168,9 +168,9 @@ def test_ends_come_last_and_cut_the_text() -> None:
         assert all(p == 0 for some in settled for _, _, id, p in some if id == EOS)
         calls: list[int] = []
 
-        def counted(query: object) -> Tensor:
+        def counted(query: Query, read: Read) -> Tensor:
             calls.append(1)
-            return DENOISER(query)  # type: ignore[arg-type]
+            return DENOISER(query, read)
 
         plain = SamplingOptions(block_length=4)
         answers = continue_prompts(counted, PROMPTS, 12, plain, MASK, [EOS])
