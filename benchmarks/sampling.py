@@ -25,8 +25,8 @@ from released_sampling import plain_loop
 from llada_train.convert.load import load_plain
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-from llada_train.sampling.denoiser import PlainDenoiser
 from llada_train.sampling.options import Cache, SamplingOptions
+from llada_train.sampling.plain import PlainDenoiser
 from llada_train.sampling.sampler import generate
 from llada_train.sampling.schedule import step_seed
 

@@ -69,6 +69,21 @@ def template_source(name: str) -> str:
         raise UserError(f"sft.chat_template {name}: neither {known} nor a file that can be read: {error}") from None
 
 
+def prompt_ids(prompts: Sequence[str], tokenizer: Tokenizer, template: str | None) -> list[list[int]]:
+    """Token ids of each prompt, as a user's message in a chat template, or as plain text (None).
+
+    Raises:
+        UserError: as of ChatTemplate, or the template refuses it.
+    """
+    if template is None:
+        return [tokenizer.encode_batch([prompt])[0] if prompt else [] for prompt in prompts]
+    chat = ChatTemplate(template, tokenizer)
+    try:
+        return [chat.prompt([Message("user", prompt)]) for prompt in prompts]
+    except DialogueError as error:
+        raise UserError(f"a prompt: {error}") from None
+
+
 class ChatTemplate:
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
         """

@@ -69,21 +69,33 @@ def answer(
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Answered]:
     """Answers as long as the longest response, the most probable tokens first (paper §2.4)."""
-    tokens = [data.corpora[one.corpus].tokens(one.start, one.stop).tolist() for one in examples]
-    borders = [one.responses[-1][0] for one in examples]
-    prompts = [row[:border] for row, border in zip(tokens, borders, strict=True)]
-    responses = [row[border:] for row, border in zip(tokens, borders, strict=True)]
-    room = max(map(len, responses)) + 1  # and EOS
-    mask_id, eos_id = data.tokenizer.mask_id, data.tokenizer.eos_id
-    lengths = [min(room, data.config.model.max_sequence_length - len(prompt)) for prompt in prompts]
-    rows = [[*prompt, *[mask_id] * length] for prompt, length in zip(prompts, lengths, strict=True)]
-    options = SamplingOptions(steps=min(room, STEPS), stop_ids=(eos_id,))
-    filled = fill_rows(denoiser, rows, options, mask_id, batch_size, on_progress=on_progress)
+    prompts, responses = prompts_and_responses(data, examples)
+    rows, eos_id = rows_to_fill(data, prompts, responses), data.tokenizer.eos_id
+    options = SamplingOptions(steps=min(_room(responses), STEPS), stop_ids=(eos_id,))
+    filled = fill_rows(denoiser, rows, options, data.tokenizer.mask_id, batch_size, on_progress=on_progress)
     answers = [until(eos_id, row[len(prompt) :]) for row, prompt in zip(filled, prompts, strict=True)]
     return [
         Answered(prompt, response, found, found == until(eos_id, response))
         for prompt, response, found in zip(prompts, responses, answers, strict=True)
     ]
+
+
+def prompts_and_responses(data: SftData, examples: Sequence[Example]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids: all before each example's last response, and the response."""
+    tokens = [data.corpora[one.corpus].tokens(one.start, one.stop).tolist() for one in examples]
+    borders = [one.responses[-1][0] for one in examples]
+    cut = list(zip(tokens, borders, strict=True))
+    return [row[:border] for row, border in cut], [row[border:] for row, border in cut]
+
+
+def rows_to_fill(data: SftData, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[list[int]]:
+    """Each prompt with masks for the longest of the responses and EOS, if the model takes so many."""
+    longest, room = data.config.model.max_sequence_length, _room(responses)
+    return [[*prompt, *[data.tokenizer.mask_id] * min(room, longest - len(prompt))] for prompt in prompts]
+
+
+def _room(responses: Sequence[list[int]]) -> int:
+    return max(map(len, responses)) + 1
 
 
 def until(eos_id: int, ids: list[int]) -> list[int]:

@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_train.model.hf.modeling_llada import LLaDALlamaBlock, rotary_angles, rotate
-from llada_train.sampling.denoiser import PlainDenoiser, Query, Read
+from llada_train.sampling.denoiser import Query, Read
 from llada_train.sampling.options import Cache
+from llada_train.sampling.plain import PlainDenoiser
 
 
 class CachedDenoiser:

@@ -7,13 +7,10 @@ positions would be gigabytes, and of a model that is split over processes they w
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from llada_train.model.hf.modeling_llada import LLaDAModelLM, LLaDATransformer, rotary_angles
 
 PIECE = 1 << 25
 """Logits that are held at once."""
@@ -55,7 +52,8 @@ class Query:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Query":
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(part) for name, part in parts.items() if isinstance(part, Tensor)})
+        mapped: dict[str, Any] = {name: function(part) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **mapped)
 
 
 class Read(ABC):
@@ -99,9 +97,10 @@ def read_logits(
     cfg: float = 0.0,
     index: Tensor | None = None,
 ) -> Tensor:
-    """What `read` makes of the logits that `head` [n, d] → [n, V] makes, a piece of positions at a time: fp64 [N, width].
+    """What `read` makes of logits, a piece of positions at a time: fp64 [N, width], on the host.
 
     Args:
+        head: hidden states [n, d] → logits [n, V].
         hidden: [N, d]; with guidance [2N, d], the conditional ones first.
         index: [N] int64, which of the query's wanted positions these are; all of them if left out.
     """
@@ -115,30 +114,3 @@ def read_logits(
             logits = unconditional[0] + (cfg + 1) * (logits - unconditional[0])
         found.append(read(logits, number).double().cpu())
     return torch.cat(found)
-
-
-class PlainDenoiser:
-    """The plain torch model. The head is computed where it is wanted only."""
-
-    def __init__(self, model: LLaDAModelLM, vocab_size: int) -> None:
-        """`vocab_size`: the ids that the tokenizer knows; rows that only pad the vocabulary never come out."""
-        self.transformer: LLaDATransformer = model.model.transformer
-        self._vocab_size = vocab_size
-
-    @torch.no_grad()
-    def __call__(self, query: Query, read: Read) -> Tensor:
-        transformer = self.transformer
-        query = query.doubled().to(transformer.wte.weight.device)
-        h = transformer.wte(query.ids)
-        angles = rotary_angles(transformer.config, h.shape[1], h.device)
-        visible = None if query.visible is None else query.visible[:, None, None, :]
-        for block in transformer.blocks:
-            h = block(h, angles, visible)
-        return self.read(h, query, read)
-
-    def read(self, h: Tensor, query: Query, read: Read) -> Tensor:
-        """What `read` makes of the hidden states [B, L, d_model] after the last block."""
-        return read_logits(h[query.wanted], self._head, self._vocab_size, read, query.cfg)
-
-    def _head(self, h: Tensor) -> Tensor:
-        return F.linear(self.transformer.ln_f(h), self.transformer.ff_out.weight[: self._vocab_size])

@@ -37,7 +37,7 @@ class Prediction(Read):
             predicted = scores.argmax(-1)
         last = torch.tensor(options.last_ids, device=scores.device, dtype=torch.int64)
         if options.rules == "released" and len(last):
-            # generate.py names its noised logits and its logits in one assignment; at temperature 0 they are one tensor.
+            # generate.py names its noised logits and its logits at once; at temperature 0 they are one tensor.
             scores.index_fill_(-1, last[-1:] if options.temperature else last, -torch.inf)
         confidence = (scores.gather(-1, predicted[:, None])[:, 0] - scores.logsumexp(-1)).exp()
         if options.rules == "paper":

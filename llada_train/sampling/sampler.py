@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from llada_train.config.errors import UserError
-from llada_train.sampling.cache import CachedDenoiser
-from llada_train.sampling.denoiser import Denoiser, PlainDenoiser, Query
+from llada_train.sampling.denoiser import Denoiser, Query
 from llada_train.sampling.noise import position_seeds
 from llada_train.sampling.options import SamplingOptions
 from llada_train.sampling.predict import Prediction
@@ -85,6 +84,9 @@ def infill(
         UserError: steps is not a multiple of a row's number of blocks, or the model has no cache that is asked for.
     """
     if options.cache != "none":
+        from llada_train.sampling.cache import CachedDenoiser
+        from llada_train.sampling.plain import PlainDenoiser  # and with it transformers
+
         if not isinstance(denoiser, PlainDenoiser):
             raise UserError(f"sampling: this model keeps no keys and values; leave out the cache {options.cache!r}")
         denoiser = CachedDenoiser(denoiser, options.cache)
@@ -110,7 +112,9 @@ def infill(
         predicted, confidence = denoiser(query, read).unbind(1)
         sizes = [len(step.wanted) for _, step in asked]
         settled: list[tuple[int, int, int, float]] = []
-        for (row, step), tokens, sure in zip(asked, predicted.long().split(sizes), confidence.split(sizes), strict=True):
+        for (row, step), tokens, sure in zip(
+            asked, predicted.long().split(sizes), confidence.split(sizes), strict=True
+        ):
             kept = step.keep(sure)
             columns = step.wanted[kept]
             ids[row, columns] = tokens[kept]

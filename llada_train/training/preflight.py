@@ -8,6 +8,7 @@ from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config
+from llada_train.data.chat import prompt_ids
 from llada_train.data.opening import open_data
 from llada_train.data.timeline import Timeline
 from llada_train.data.training_data import TrainingData
@@ -45,8 +46,22 @@ def open_inputs(
     data = open_data(config)
     config = data.config
     inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
+    _check_samples(inputs)
     read_metrics(config.run_dir)
     return inputs
+
+
+def _check_samples(inputs: Inputs) -> None:
+    samples, longest = inputs.config.validation.samples, inputs.config.model.max_sequence_length
+    if samples is None:
+        return
+    template = inputs.config.sft.chat_template if inputs.config.sft else None
+    for i, ids in enumerate(prompt_ids(samples.prompts, inputs.data.tokenizer, template)):
+        if len(ids) + samples.gen_length > longest:
+            raise UserError(
+                f"validation.samples.prompts.{i}: {len(ids)} tokens and gen_length {samples.gen_length} are more than "
+                f"model.max_sequence_length {longest}; give less"
+            )
 
 
 def check_phases(config: Config, timeline: Timeline, consumed_samples: int, world_size: int) -> None:

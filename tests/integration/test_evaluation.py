@@ -21,8 +21,8 @@ from llada_train.convert.load import load_plain
 from llada_train.evaluation.likelihood import log_likelihoods
 from llada_train.evaluation.suite import Suite, Task, read_suite
 from llada_train.evaluation.tasks import check_tasks
-from llada_train.sampling.denoiser import PlainDenoiser
 from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.plain import PlainDenoiser
 from llada_train.sampling.text import continue_prompts
 
 ROOT = Path(__file__).parents[2]

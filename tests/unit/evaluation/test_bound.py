@@ -19,7 +19,9 @@ def noise(seed: int, rows: np.ndarray) -> Noise:
 
 def test_uniform_logits_cost_ln_v() -> None:
     rows = np.random.default_rng(0).integers(0, 50, (2000, 32))
-    bound = variational_bound(every_position(lambda ids: torch.zeros(*ids.shape, 50)), rows, noise(1, rows), 50, batch_size=250)
+    bound = variational_bound(
+        every_position(lambda ids: torch.zeros(*ids.shape, 50)), rows, noise(1, rows), 50, batch_size=250
+    )
     assert bound.mean == pytest.approx(math.log(50), abs=4 * bound.standard_error)
     assert bound.standard_error < 0.05
 
@@ -44,7 +46,9 @@ def test_exact_conditionals_of_a_markov_chain_give_its_entropy(seed: int) -> Non
     assert bound.mean == pytest.approx(entropy, abs=3 * bound.standard_error)
     assert bound.standard_error < 0.02 * entropy
 
-    wrong = variational_bound(every_position(lambda ids: logits(ids) / 2), held_out, noise(seed, held_out), MASK, batch_size=2_000)
+    wrong = variational_bound(
+        every_position(lambda ids: logits(ids) / 2), held_out, noise(seed, held_out), MASK, batch_size=2_000
+    )
     assert wrong.mean > entropy + 3 * wrong.standard_error
 
 

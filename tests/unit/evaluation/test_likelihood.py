@@ -8,7 +8,8 @@ from scipy.stats import chisquare
 
 from llada_train.config.errors import UserError
 from llada_train.evaluation.likelihood import LogLikelihood, draws, log_likelihoods, spread
-from llada_train.sampling.denoiser import PlainDenoiser, every_position
+from llada_train.sampling.denoiser import every_position
+from llada_train.sampling.plain import PlainDenoiser
 
 MODEL = PlainDenoiser(formula_model(kv_heads=2), 16)
 PAIR = ([3, 1], [5, 2, 8])

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-from llada_train.sampling.denoiser import PlainDenoiser, Query, Read
+from llada_train.sampling.denoiser import Query, Read
 from llada_train.sampling.noise import position_seeds, uniforms
 from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.plain import PlainDenoiser
 from llada_train.sampling.sampler import generate
 from llada_train.sampling.text import continue_prompts, fill_rows
 
