@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from llada_train.config.errors import UserError
@@ -59,7 +58,7 @@ def _arguments(context: typer.Context, leave_out: str) -> list[str]:
         if parameter.name == leave_out or value is None or value is False:
             continue
         values = value if isinstance(value, list | tuple) else [value]
-        if isinstance(parameter, click.Argument):
+        if parameter.param_type_name == "argument":
             arguments += map(str, values)
         elif value is True:
             options.append(parameter.opts[0])

@@ -88,7 +88,7 @@ def offline() -> dict[str, str]:
 def test_tasks_of_the_harness_are_scored_as_by_hand(
     model: Path, local_tasks: Path, tmp_path: Path, offline: dict[str, str]
 ) -> None:
-    """Two processes share the requests; what they find is what the estimators and the sampler give by themselves."""
+    """Two processes hold the model together; they find what the estimators and the sampler give by themselves."""
     from llada_train.evaluation.harness import request_keys
 
     suite, output = tmp_path / "suite.yaml", tmp_path / "results.json"
@@ -99,9 +99,8 @@ def test_tasks_of_the_harness_are_scored_as_by_hand(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "llada_train.cli", "evaluate", model, "--suite", suite, "--include", local_tasks]
     environment = {**os.environ, **offline, "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [*torchrun, *map(str, command), "--output", str(output)], capture_output=True, text=True, env=environment
-    )
+    arguments = [*torchrun, *map(str, command), "--output", str(output), "--tensor-parallel", "2"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {one["task"]: one for one in json.loads(output.read_text())}
     assert set(results) == set(TASKS) and {one["documents"] for one in results.values()} == {3}
