@@ -185,12 +185,19 @@ def _jobs(prompt: str | None, infill: str | None, inputs: Path | None, chat: boo
 
 
 def _ids(job: dict[str, Any], tokenizer: "Tokenizer") -> list[int]:
-    from llada_train.sampling.text import chat_ids, with_masks
+    from llada_train.data.chat import ChatTemplate, DialogueError, Message
+    from llada_train.sampling.text import with_masks
 
     if "infill" in job:
         return with_masks(tokenizer, job["infill"])
     if "messages" in job:
-        return chat_ids(tokenizer, job["messages"])
+        try:
+            messages = [Message(message["role"], message["content"]) for message in job["messages"]]
+            return ChatTemplate("llada", tokenizer).prompt(messages)
+        except (KeyError, TypeError):
+            raise UserError(f"chat: each message has a role and a content, not so {job['messages']}") from None
+        except DialogueError as error:
+            raise UserError(f"chat: a message {error}") from None
     return tokenizer.encode_batch([job["prompt"]])[0]
 
 

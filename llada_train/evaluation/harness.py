@@ -21,12 +21,13 @@ from pydantic import ValidationError
 
 from llada_train.config.errors import UserError
 from llada_train.convert.load import Loaded, loaded
+from llada_train.data.chat import ChatTemplate, Message, encode, names_of
 from llada_train.data.tokenizer import CHAT_TOKENS
 from llada_train.evaluation.likelihood import doubts, log_likelihoods
 from llada_train.evaluation.suite import Settings, problems
 from llada_train.parallel.launch import world_size
 from llada_train.sampling.options import SamplingOptions
-from llada_train.sampling.text import chat_text, continue_prompts, encode_special
+from llada_train.sampling.text import continue_prompts
 
 _KEY_BITS = 40
 
@@ -59,6 +60,8 @@ class HarnessModel(TemplateLM):
             pretrained = ExitStack().enter_context(loaded(Path(pretrained), device=device))
         self._batch_size = int(batch_size) * pretrained.copies
         self._tokenizer, self._max_length = pretrained.tokenizer, pretrained.max_sequence_length
+        names = {self._tokenizer.bos_token, self._tokenizer.eos_token, *CHAT_TOKENS}
+        self._special = names_of(names & self._tokenizer.special_tokens.keys())
         self._scorer, self._sampler = pretrained.scorer, pretrained.sampler
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
         self.on_doubt: Callable[[str], None] = lambda message: None
@@ -76,11 +79,13 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """LLaDA's format; without a generation prompt the last message goes on."""
-        text = chat_text(chat_history, answer_begins=add_generation_prompt)
+        messages = [Message(message["role"], message["content"]) for message in chat_history]
+        text = ChatTemplate("llada", self._tokenizer).render(messages, answer=add_generation_prompt)
         return text if add_generation_prompt else text.removesuffix(CHAT_TOKENS[-1])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return encode_special(self._tokenizer, string)
+        """The names of the chat format's tokens, and of end of text, are the tokens; that of the mask is text."""
+        return encode(string, self._tokenizer, self._special)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any

@@ -37,9 +37,8 @@ def expected(saved: Path) -> dict[str, Any]:
     [
         (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
         (4, {"tensor_parallel": 2, "sequence_parallel": True}),
-        (3, {}),
     ],
-    ids=["TP2-PP2", "DP2-TP2-SP", "DP3"],
+    ids=["TP2-PP2", "DP2-TP2-SP"],
 )
 def test_a_split_model_answers_as_the_exported_one(
     saved: Path, expected: dict[str, Any], count: int, parallel: dict[str, int | bool]

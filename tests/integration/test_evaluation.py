@@ -234,6 +234,12 @@ def test_mistakes_are_told_before_the_model_is_loaded(
         in_process(arguments[0], model, *arguments[1:])
 
 
+def test_messages_of_another_shape(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"text": "a"}]}))
+    with pytest.raises(UserError, match="each message has a role and a content"):
+        in_process("sample", model, "--input", tmp_path / "in.jsonl")
+
+
 def test_the_shipped_suites_name_tasks_that_there_are() -> None:
     """All but one, which is added here."""
     suites = [read_suite(path) for path in sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))]

@@ -90,7 +90,7 @@ def test_finished_run_has_nothing_to_go_on_with(finished: tuple[Path, str]) -> N
     assert [read_metrics(run), checkpoints(run / FOLDER)] == before
 
 
-@pytest.mark.parametrize("layout", [[], ["--processes", "4", "--tensor-parallel", "2"]], ids=["whole", "DP2-TP2"])
+@pytest.mark.parametrize("layout", [[], ["--processes", "2", "--tensor-parallel", "2"]], ids=["whole", "TP2"])
 def test_evaluate_gives_the_last_validation_bound(
     layout: list[str], finished: tuple[Path, str], run_command: Run
 ) -> None:
