@@ -24,7 +24,7 @@ test: $(INSTALLED) ## Run every test
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED) ## Every layout of up to 8 processes, and a run that is killed 50 times: hours on two cores
-	$(BIN)/pytest tests/distributed/test_layouts.py --every-layout
+	$(BIN)/pytest tests/distributed/test_layouts.py tests/integration/test_resume.py --every-layout
 	$(BIN)/pytest tests/integration/test_faults.py -k killed --kills 50 --timeout 7200
 
 check: $(INSTALLED) ## Lint, format, types, and the direction of imports
@@ -33,15 +33,17 @@ check: $(INSTALLED) ## Lint, format, types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## Engine against a plain loop, layouts against arithmetic, checkpoints against torch's, cost of guards, cleaning
+bench: $(INSTALLED) ## Engine and head against plain ones, layouts against arithmetic, checkpoints against torch's, cost of guards, cleaning
 	$(BIN)/python benchmarks/engine_vs_plain.py
+	$(BIN)/python benchmarks/engine_vs_plain.py --vocabulary 126464 --steps 2 --rounds 1
+	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/guards.py
 	$(BIN)/python benchmarks/cleaning.py
 
 clean: ## Remove what the commands above made, .venv and runs/demo included
-	rm -rf $(VENV) runs/demo runs/demo_sft build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs/demo runs/demo_sft runs/demo_reversal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that nothing that asks for "some torch" brings another one. DeepSpeed arrives as source;

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,8 @@ from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 
 CONFIG = ROOT / "configs/pretrain/demo.yaml"
-SIDES = ("engine", "plain")
+# The engine with torch's kernels and with compiled ones, where there is a compiler.
+SIDES = ("engine", *(("engine, compiled",) if shutil.which("g++") else ()), "plain")
 PRECISIONS = ("fp32", "bf16")
 WARMUP_STEPS = 2
 LEARNING_RATE = 1e-3
@@ -43,26 +45,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory of the engine against a plain PyTorch loop.")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side and precision")
+    parser.add_argument("--vocabulary", type=int, help="ids of the model, in place of the demo's: LLaDA has 126464")
     parser.add_argument("--no-write", action="store_true", help="print the table only")
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "PRECISION", "DATA"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         side, precision, data = arguments.worker
-        print(json.dumps(measure(side, _config(precision, Path(data)), arguments.steps)))
+        print(json.dumps(measure(side, _config(precision, Path(data), arguments.vocabulary, side), arguments.steps)))
         return
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in itertools.product(PRECISIONS, SIDES)}
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder))
         for _, (precision, side) in itertools.product(range(arguments.rounds), runs):
-            runs[precision, side].append(_run_worker(side, precision, folder, arguments.steps))
+            runs[precision, side].append(_run_worker(side, precision, folder, arguments))
             print(f"{precision} {side}: {_median(runs[precision, side][-1:], 'wall'):.3f} s per step", flush=True)
     for precision in PRECISIONS:
-        _check_same_losses(precision, runs[precision, "engine"][0]["losses"], runs[precision, "plain"][0]["losses"])
-    report = table(runs, _config("fp32", ROOT))
+        for side in SIDES[:-1]:
+            _check_same_losses(precision, runs[precision, side][0]["losses"], runs[precision, "plain"][0]["losses"])
+    config = _config("fp32", ROOT, arguments.vocabulary)
+    report = table(runs, config)
     print(report)
     if not arguments.no_write:
-        path = ROOT / f"benchmarks/results/engine_vs_plain_{date.today().isoformat()}.md"
-        path.write_text(f"{_header(arguments.steps, arguments.rounds)}\n{report}\n", encoding="utf-8")
+        vocabulary = f"_{arguments.vocabulary}" if arguments.vocabulary else ""
+        path = ROOT / f"benchmarks/results/engine_vs_plain{vocabulary}_{date.today().isoformat()}.md"
+        path.write_text(f"{_header(arguments, config)}\n{report}\n", encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}")
 
 
@@ -74,7 +80,7 @@ def measure(side: str, config: Config, steps: int) -> dict[str, Any]:
     size = config.training.global_batch_size
     loader = TrainingLoader(PretrainingData(config), config)
     batches = [loader.global_batch(i * size) for i in range(WARMUP_STEPS + steps)]
-    train_step = {"engine": engine_step, "plain": plain_step}[side](config)
+    train_step = (plain_step if side == "plain" else engine_step)(config)
     wall_seconds, cpu_seconds, losses = [], [], []
     for global_batch in batches:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -102,15 +108,19 @@ def engine_step(config: Config) -> TrainStep:
     return lambda batches: engine.train_step(batches, LEARNING_RATE)[0].loss
 
 
-def plain_step(config: Config) -> TrainStep:
-    """The loop that one would write: forward, cross-entropy where masked, AdamW. bf16 is autocast over fp32 weights."""
+def plain_step(config: Config, weights: Any = None) -> TrainStep:
+    """The loop that one would write: forward, cross-entropy where masked, AdamW. bf16 is autocast over fp32 weights.
+
+    `weights`: initial ones, on the device that is to train; None: the engine's.
+    """
     import torch
     from torch.nn import functional as F
 
     from llada_train.convert.plain import plain_model
     from llada_train.model.weights import InitialWeights
 
-    model = plain_model(InitialWeights(config.model, config.seed), config.model).train()
+    model = plain_model(weights or InitialWeights(config.model, config.seed), config.model).train()
+    device = model.device
     settings = config.optimizer
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
@@ -127,8 +137,8 @@ def plain_step(config: Config) -> TrainStep:
 
     def step(batches: list[Any]) -> float:
         total = 0.0
-        for batch in batches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16"):
+        for batch in (batch.to(device) for batch in batches):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
                 logits = model(batch.input_ids).logits
             masked = logits.flatten(0, 1)[batch.masked_positions].float()
             loss = (batch.loss_weight * F.cross_entropy(masked, batch.targets, reduction="none")).sum()
@@ -161,7 +171,7 @@ def table(runs: dict[tuple[str, str], list[dict[str, Any]]], config: Config) -> 
     return "\n".join(lines)
 
 
-def _config(precision: str, data: Path) -> Config:
+def _config(precision: str, data: Path, vocabulary: int | None, side: str = "engine") -> Config:
     return load_config(
         CONFIG,
         [
@@ -169,17 +179,21 @@ def _config(precision: str, data: Path) -> Config:
             f"data.corpora=[{{path: {data / 'corpus'}}}]",
             "objective.random_length_probability=0",  # the plain loop knows no padding
             f"training.precision={precision}",
+            f"training.kernels={'compile' if side == 'engine, compiled' else 'torch'}",
+            *([f"model.vocab_size={vocabulary}"] if vocabulary is not None else []),
         ],
         world_size=1,
     )
 
 
-def _run_worker(side: str, precision: str, data: str, steps: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--steps", str(steps), "--worker", side, precision, data]
+def _run_worker(side: str, precision: str, data: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--steps", str(arguments.steps), "--worker", side, precision, data]
+    command += [] if arguments.vocabulary is None else ["--vocabulary", str(arguments.vocabulary)]
     # One thread, so that CPU time is work and not waiting.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
 
 
 def _check_same_losses(precision: str, engine: list[float], plain: list[float]) -> None:
@@ -202,23 +216,25 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _header(steps: int, rounds: int) -> str:
+def _header(arguments: argparse.Namespace, config: Config) -> str:
     from llada_train.model.sizes import parameter_count
 
-    config = _config("fp32", ROOT)
+    steps, rounds = arguments.steps, arguments.rounds
+    vocabulary = f" --vocabulary {arguments.vocabulary}" if arguments.vocabulary else ""
     model, training = config.model, config.training
     return f"""# The engine against a plain PyTorch loop, {date.today().isoformat()}
 
 One process of one thread. {CONFIG.relative_to(ROOT)}: {model.num_layers} layers, hidden size {model.hidden_size},
-{parameter_count(model):,} parameters, rows of {config.data.sequence_length} tokens,
+{parameter_count(model):,} parameters, vocabulary {model.vocab_size:,}, rows of {config.data.sequence_length} tokens,
 {training.global_batch_size} rows per step in micro-batches of {training.micro_batch_size}, no cut rows.
 Both sides start from the same weights, read the same micro-batches, and lost the same at every step.
 The plain loop computes logits at every position; its bf16 is autocast over fp32 weights.
 {steps} timed steps after {WARMUP_STEPS} others in each of {rounds} processes per row of the table, sides alternating.
+Compiled: `training.kernels=compile`; else torch's kernels.
 CPU time leaves out what other processes of the machine took. Memory is the process's peak, imports included.
 
 {machine_and_versions()}
-- `python benchmarks/engine_vs_plain.py --steps {steps} --rounds {rounds}`
+- `python benchmarks/engine_vs_plain.py --steps {steps} --rounds {rounds}{vocabulary}`
 """
 
 

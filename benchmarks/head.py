@@ -15,9 +15,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from common import ROOT, machine_and_versions
 
@@ -45,7 +47,8 @@ def main() -> None:
             found[side].append(one := run_worker(side, share))
             print(f"{share:4.0%} masked, {side}: {one['seconds']:.2f} s, {one['mib']:,.0f} MiB", flush=True)
         for side in SIDES:
-            check_the_same(found["all tokens"][-1], found[side][-1], arguments.precision)
+            if (problem := different(found["all tokens"][-1], found[side][-1], arguments.precision)) is not None:
+                sys.exit(problem)
     report = table(found)
     print(report)
     if not arguments.no_write:
@@ -69,50 +72,58 @@ def measure(arguments: argparse.Namespace, side: str, share: float) -> dict[str,
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from llada_train.model import head
-
     backend = "nccl" if arguments.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    torch.manual_seed(0)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     device = torch.device(arguments.device)
-    hidden = torch.randn(arguments.tokens, arguments.hidden, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.empty(VOCABULARY, arguments.hidden, device=device, dtype=dtype).normal_(0, 0.02).requires_grad_()
-    targets = torch.randint(VOCABULARY, (arguments.tokens,), device=device)
-    masked = torch.rand(arguments.tokens, device=device).argsort() < share * arguments.tokens
-    weights = masked / (share * arguments.tokens)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+    step = prepared(side, share, arguments.tokens, arguments.hidden, VOCABULARY, dtype, device)
+    seconds, peak = [], Peak(device)
+    clock = time.perf_counter if device.type == "cuda" else time.process_time  # other programs slow a CPU's clock time
+    for _ in range(1 + arguments.rounds):
+        with peak:
+            started = clock()
+            step(norms=False)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(clock() - started)
+    return {"seconds": statistics.median(seconds[1:]), "mib": peak.mib, **step()}
 
-    def step() -> torch.Tensor:
+
+def prepared(
+    side: str, share: float, tokens: int, hidden_size: int, vocabulary: int, dtype: Any, device: Any
+) -> Callable[..., dict[str, float]]:
+    """A forward and backward pass of one side, which tells the loss and norms of the gradients unless norms=False.
+
+    Random hidden states and weights, the same for each side; megatron-core's groups have to be there.
+    """
+    import torch
+
+    from llada_train.model import head
+
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.empty(vocabulary, hidden_size, device=device, dtype=dtype).normal_(0, 0.02).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), device=device)
+    masked = torch.rand(tokens, device=device).argsort() < share * tokens
+    weights, at = masked / (share * tokens), masked.nonzero().squeeze(1)
+
+    def step(norms: bool = True) -> dict[str, float]:
+        hidden.grad = weight.grad = None
         if (held := SIDES[side]) is None:
             nll = torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
             loss = (nll * weights).sum()
         else:
-            head.CHUNK = held
-            at = masked.nonzero().squeeze(1)
-            told = head._LogNormaliserAndTarget.apply(hidden[at], weight, targets[at])
-            loss = ((told[0] - told[1]) * weights[at]).sum()
+            with mock.patch.object(head, "CHUNK", held):
+                told = head._LogNormaliserAndTarget.apply(hidden[at], weight, targets[at])
+                loss = ((told[0] - told[1]) * weights[at]).sum()
         loss.backward()
-        return loss.detach()
+        if not norms:
+            return {}
+        gradients = {"to_hidden": hidden.grad, "to_weight": weight.grad}
+        return {"loss": float(loss)} | {name: float(g.float().norm()) for name, g in gradients.items() if g is not None}
 
-    seconds, peak = [], Peak(device)
-    clock = time.perf_counter if device.type == "cuda" else time.process_time  # other programs slow a CPU's clock time
-    for _ in range(1 + arguments.rounds):
-        hidden.grad = weight.grad = None
-        with peak:
-            started = clock()
-            loss = step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(clock() - started)
-    norms = [float(tensor.grad.float().norm()) for tensor in (hidden, weight) if tensor.grad is not None]
-    return {
-        "seconds": statistics.median(seconds[1:]),
-        "mib": peak.mib,
-        "loss": float(loss),
-        "to_hidden": norms[0],
-        "to_weight": norms[1],
-    }
+    return step
 
 
 class Peak:
@@ -144,11 +155,13 @@ class Peak:
         return int(fields[1]) * 4096 / 2**20
 
 
-def check_the_same(one: dict[str, float], other: dict[str, float], precision: str) -> None:
+def different(one: dict[str, float], other: dict[str, float], precision: str) -> str | None:
+    """What differs between the logits of all tokens and another side, if anything."""
     tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
     for name in ("loss", "to_hidden", "to_weight"):
         if abs(one[name] - other[name]) > tolerance * abs(one[name]):
-            sys.exit(f"{name}: {one[name]} with the logits of all tokens, {other[name]} otherwise")
+            return f"{name}: {one[name]} with the logits of all tokens, {other[name]} otherwise"
+    return None
 
 
 def header(arguments: argparse.Namespace) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from data_tools.tokenize import Shard
-    from data_tools.trace import TracedRow
+    from data_tools.trace import TracedSample
     from llada_train.data.corpus import Manifest
     from llada_train.data.training_data import TrainingData
 
@@ -208,7 +208,7 @@ def trace_command(
         if as_json:
             _print_json(rows)
         else:
-            _print_rows(step, data, list(rows))
+            _print_samples(step, data, list(rows))
         return
     found, size = 0, max(corpus.dtype.itemsize for corpus in data.corpora)
     with ByteProgress(size * sum(corpus.num_tokens for corpus in data.corpora)) as progress:
@@ -233,24 +233,25 @@ def _print_json(records: "Iterable[DataclassInstance]") -> None:
         print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), flush=True)
 
 
-def _print_rows(step: int, data: "TrainingData", rows: "Sequence[TracedRow]") -> None:
+def _print_samples(step: int, data: "TrainingData", rows: "Sequence[TracedSample]") -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    first = rows[0].sample
+    first = data.timeline.first_sample(step)
     phase = data.timeline.phase(first)
     table = Table(
-        title=f"step {step:,}: {len(rows):,} of {phase.global_batch_size:,} rows of {phase.sequence_length:,} tokens, "
-        f"from {data.timeline.tokens(data.timeline.first_sample(step)):,} nominal tokens on"
+        title=f"step {step:,}: {len(rows):,} of {phase.global_batch_size:,} samples of at most "
+        f"{phase.sequence_length:,} tokens, from {data.timeline.tokens(first):,} nominal tokens on"
     )
-    for column in ("sample", "corpus", "epoch", "documents", "tokens", "t", "masked", "text"):
-        right = column in ("sample", "epoch", "tokens", "t", "masked")
+    for column in ("row", "sample", "corpus", "epoch", "documents", "tokens", "t", "masked", "text"):
+        right = column in ("row", "sample", "epoch", "tokens", "t", "masked")
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for row in rows:
         numbers = [part.number for part in row.documents]
         documents = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,}–{numbers[-1]:,}"
         table.add_row(
+            f"{row.row:,}",
             f"{row.sample:,}",
             escape(row.corpus),
             f"{row.epoch}",

@@ -175,7 +175,7 @@ class Parts:
         if not any(report.documents for report in reports):
             shutil.rmtree(self.folder)
             reasons = "".join(f"; {reason}: {count:,}" for reason, count in tally.rejected.items())
-            raise UserError(f"empty text: no document in {self._plan['files']} files{reasons}")
+            raise UserError(f"empty text: no document in what was given (files: {self._plan['files']}){reasons}")
         dtype = token_dtype(tokenizer["vocab_size"])
         with CorpusWriter(self.prefix, dtype) as writer:
             for i, report in enumerate(reports):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llada_train.config.errors import UserError
+from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.data.corpus import Corpus
 from llada_train.data.place import ALONE, Place, place_of
@@ -30,8 +31,9 @@ class DocumentPart:
 
 
 @dataclass(frozen=True)
-class TracedRow:
+class TracedSample:
     sample: int
+    row: int  # of the step; packed samples share one
     corpus: str
     epoch: int
     documents: list[DocumentPart]
@@ -60,7 +62,7 @@ def open_run(
     Raises:
         UserError: config, data or checkpoint are at fault, or they are not those of the run.
     """
-    inputs = open_inputs(config_file, overrides, processes, accept_config_changes=True)
+    inputs = open_inputs(load_config(config_file, overrides, processes), accept_config_changes=True)
     check_corpora(inputs.run, inputs.data)
     data, progress = inputs.data, inputs.run.progress
     if progress is not None:
@@ -81,8 +83,8 @@ def place(config: Config, rank: int | None, processes: int | None) -> Place:
     return place_of(rank, processes, config.parallel)
 
 
-def trace(config: Config, data: TrainingData, step: int, where: Place = ALONE) -> Iterator[TracedRow]:
-    """The rows that a place reads in step 1, 2, … of the run.
+def trace(config: Config, data: TrainingData, step: int, where: Place = ALONE) -> Iterator[TracedSample]:
+    """The samples that a place reads in step 1, 2, … of the run, row by row.
 
     Raises:
         UserError: the run has no such step, or a corpus cannot be read.
@@ -92,39 +94,47 @@ def trace(config: Config, data: TrainingData, step: int, where: Place = ALONE) -
         first_sample = timeline.first_sample(step)
     except IndexError as error:
         raise UserError(f"--step {step}: {error}") from None
-    phase = timeline.phase(first_sample)
-    samples = where.samples(first_sample, phase.global_batch_size)
+    packing = data.packing(first_sample)
+    own, _ = where.rows(len(packing), config)
+    rows = {g: row for row in own for g in packing[row]}
     if isinstance(data, SftData):
-        yield from _dialogues(data, first_sample, samples)
+        yield from _dialogues(data, first_sample, rows)
     elif isinstance(data, PretrainingData):
-        yield from _texts(config, data, first_sample, samples)
+        yield from _texts(config, data, first_sample, rows)
 
 
-def _dialogues(data: SftData, first_sample: int, samples: Sequence[int]) -> Iterator[TracedRow]:
+def _dialogues(data: SftData, first_sample: int, rows: dict[int, int]) -> Iterator[TracedSample]:
     """What is learnt of each stands in ⟦ ⟧; `length` counts the EOS that are learnt after it, too."""
-    epochs = data.places(samples).epoch.tolist()
-    for row, example, epoch in zip(data.rows(first_sample, samples), data.examples(samples), epochs, strict=True):
-        yield TracedRow(
-            sample=row.sample_index,
+    numbers = list(rows)
+    if not numbers:  # of a rank that is left without a packed row
+        return
+    epochs = data.places(numbers).epoch.tolist()
+    found = zip(data.samples(first_sample, numbers), data.examples(numbers), epochs, strict=True)
+    for sample, example, epoch in found:
+        yield TracedSample(
+            sample=sample.sample_index,
+            row=rows[sample.sample_index],
             corpus=data.names[example.corpus],
             epoch=epoch,
             documents=[DocumentPart(example.dialogue, 0, example.length)],
-            length=len(row.tokens),
-            t=row.mask_probability,
-            masked=int(row.mask.sum()),
+            length=len(sample.tokens),
+            t=sample.mask_probability,
+            masked=int(sample.mask.sum()),
             text=data.rendered(example),
         )
 
 
-def _texts(config: Config, data: PretrainingData, first_sample: int, samples: Sequence[int]) -> Iterator[TracedRow]:
+def _texts(config: Config, data: PretrainingData, first_sample: int, rows: dict[int, int]) -> Iterator[TracedSample]:
     phase = data.timeline.phase(first_sample)
     noise = training_noise(config.seed, first_sample, phase.global_batch_size, phase.sequence_length, config.objective)
-    rows = zip(samples, data.training_stretches(samples), data.training_rows(samples), strict=True)
-    for sample, stretch, tokens in rows:
+    numbers = list(rows)
+    found = zip(numbers, data.training_stretches(numbers), data.training_rows(numbers), strict=True)
+    for sample, stretch, tokens in found:
         i = sample - first_sample
         length = int(noise.lengths[i])
-        yield TracedRow(
+        yield TracedSample(
             sample=sample,
+            row=rows[sample],
             corpus=data.names[stretch.corpus],
             epoch=stretch.epoch,
             documents=_documents(data.corpora[stretch.corpus], stretch.start, stretch.start + length),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matrix import Matrix
 
     from llada_train.config.schema import Config
-    from llada_train.data.rows import PretrainingData
+    from llada_train.data.training_data import TrainingData
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -72,7 +72,7 @@ def copy_corpus(data: Path, folder: Path) -> Path:
     return folder / "corpus"
 
 
-def record_checkpoint(config: "Config", data: "PretrainingData", steps: int) -> None:
+def record_checkpoint(config: "Config", data: "TrainingData", steps: int) -> None:
     """A checkpoint without tensors: what a run would have recorded of its data after so many steps."""
     from llada_train.checkpoint.manifest import FORMAT, Manifest, Progress, write_manifest
     from llada_train.checkpoint.store import FOLDER, folder_name

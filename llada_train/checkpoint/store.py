@@ -120,6 +120,8 @@ def resolve(path: Path) -> Path:
     found = checkpoints(path / FOLDER)
     if not found and is_hf_folder(path):
         raise UserError(f"{path}: a Hugging Face folder; give a run folder or a checkpoint")
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; give a run folder, a checkpoint or a Hugging Face folder")
     if not found:
         raise UserError(
             f"{path}: neither a checkpoint (no {FILE_NAME}) nor a run folder with one (no {FOLDER}/step-*), nor a "

@@ -37,6 +37,9 @@ class Status:
     loss: float | None
     held_out_bound: float | None
     tokens_per_second: float | None
+    step_seconds_median: float | None  # of the recent steps
+    step_seconds_p99: float | None
+    data_wait_share: float | None  # of the time, waiting for batches
     mfu: float | None
     mfu_unknown_because: str | None
     seconds_left: float | None
@@ -85,6 +88,9 @@ def status(run: Path) -> Status:
         loss=train["loss"] if train else None,
         held_out_bound=bound["bound"] if bound else None,
         tokens_per_second=rate,
+        step_seconds_median=train["step_seconds_median"] if train else None,
+        step_seconds_p99=train["step_seconds_p99"] if train else None,
+        data_wait_share=train["data_wait_seconds"] / train["step_seconds"] if train else None,
         mfu=mfu,
         mfu_unknown_because=because,
         seconds_left=(end_tokens - where["tokens"]) / rate if rate and end_tokens is not None else None,
@@ -192,6 +198,9 @@ def table(one: Status) -> list[tuple[str, str]]:
     if one.tokens_per_second is not None:
         mfu = f"MFU {one.mfu:.1%}" if one.mfu is not None else f"no MFU: {one.mfu_unknown_because}"
         add("speed", f"{one.tokens_per_second:,.0f} tokens/s, {mfu}")
+    if one.step_seconds_median and one.step_seconds_p99 and one.data_wait_share is not None:
+        evenly = f"p99 {one.step_seconds_p99 / one.step_seconds_median:.2f}× that"
+        add("steps", f"median {one.step_seconds_median:.3f} s, {evenly}, {one.data_wait_share:.1%} waiting for data")
     if one.seconds_left is not None:
         add("time left", "none" if one.seconds_left <= 0 else _duration(one.seconds_left))
     if one.checkpoint is not None and one.checkpoint_seconds_ago is not None:

@@ -92,9 +92,8 @@ def prepare(
     processes = nodes * cluster.node.tasks
     config = load_config(config_file, recipe, processes)
     if look_at_data:
-        inputs = open_inputs(config_file, recipe, processes, accept_config_changes)
-        check_initial_weights(inputs)
-        check_content(inputs)
+        check_initial_weights(config)
+        check_content(open_inputs(config, accept_config_changes))
     folder = _next_folder(config.run_dir.absolute() / SUBMISSIONS)
     flags = ["--accept-config-changes"] if accept_config_changes else []
     script = pretrain_script(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llada_train.config.errors import UserError
+
 if TYPE_CHECKING:
     from llada_train.training.preflight import Inputs
 
@@ -88,9 +90,13 @@ def _train(kind: str, config: Path, overrides: list[str], processes: int | None,
 def _open_inputs(
     kind: str, config: Path, overrides: list[str], processes: int, accept_config_changes: bool
 ) -> "Inputs":
+    from llada_train.config.load import load_config
     from llada_train.training.initial import check_initial_weights
     from llada_train.training.preflight import open_inputs
 
-    inputs = open_inputs(config, overrides, processes, accept_config_changes, kind)
-    check_initial_weights(inputs)
-    return inputs
+    settings = load_config(config, overrides, processes)
+    if kind != settings.command:
+        has = "no section `sft`" if settings.sft is None else "a section `sft`"
+        raise UserError(f"{config}: has {has}; run it with `llada-train {settings.command}`")
+    check_initial_weights(settings)
+    return open_inputs(settings, accept_config_changes)

@@ -1,7 +1,7 @@
 """YAML file + `key=value` overrides → a checked Config, or one error that lists every problem with its place."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -180,12 +180,16 @@ def _describe(root: type[BaseModel], error: dict[str, Any]) -> tuple[Location, s
     if error["type"] == "extra_forbidden":
         known = _known_keys(root, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        elsewhere = [key for key in _settings(root) if key.endswith(f".{loc[-1]}")]
+        hint = f"did you mean {(near or elsewhere)[0]!r}?" if near or elsewhere else f"known keys: {', '.join(known)}"
         return loc, f"unknown key; {hint}"
     if error["type"] == "missing":
         return loc, "is required"
     got = error["input"]
-    return loc, f"{error['msg']} (got {_kind(got) if isinstance(got, dict | list) else repr(got)})"
+    message = error["msg"].partition(", unable to parse")[0].replace("Input should be", "has to be")
+    if error["type"] == "list_type" and (keys := _known_keys(root, loc)) != _known_keys(root, loc[:-1]):
+        message += f" of sections with the keys {', '.join(keys)}"
+    return loc, f"{message} (got {_kind(got) if isinstance(got, dict | list) else repr(got)})"
 
 
 def _kind(value: Any) -> str:
@@ -197,12 +201,22 @@ def _kind(value: Any) -> str:
 
 
 def _known_keys(root: type[BaseModel], loc: Location) -> list[str]:
-    """The keys that the section at `loc` accepts."""
+    """The keys that the section at `loc`, or the one that a plain setting is in, accepts."""
     section = root
     for part in loc:
         if isinstance(part, str):
             section = _section_of(part, section) or section
     return list(section.model_fields)
+
+
+def _settings(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all plain settings, without those in lists."""
+    for key in section.model_fields:
+        inner = _section_of(key, section)
+        if inner is None:
+            yield prefix + key
+        elif "list" not in str(section.model_fields[key].annotation):
+            yield from _settings(inner, f"{prefix}{key}.")
 
 
 def _section_of(key: Any, parent: type[BaseModel]) -> type[BaseModel] | None:

@@ -183,6 +183,11 @@ class SftConfig(Section):
         description="so many consecutive samples of a global batch are padded to the longest of them with EOS that is "
         "learnt; the paper: its micro-batch of 2. 1: every response ends with one EOS",
     )
+    rows: Literal["padded", "packed"] = Field(
+        default="padded",
+        description="padded: an example is a row, as in the paper; packed: examples of a global batch that do not see "
+        "each other share rows of data.sequence_length, which trains the same in fewer of them",
+    )
     too_long: Literal["truncate_response", "truncate_prompt", "drop"] = Field(
         default="truncate_response",
         description="what does not fit into data.sequence_length: responses lose their end, prompts their beginning, "
@@ -274,7 +279,9 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     global_batch_size: PositiveInt = Field(description="sequences per optimizer step, over all data-parallel ranks")
-    micro_batch_size: PositiveInt = Field(description="sequences in one forward pass of one data-parallel rank")
+    micro_batch_size: PositiveInt = Field(
+        description="sequences, or packed rows of them, in one forward pass of one data-parallel rank"
+    )
     precision: Precision = Field(
         default="bf16", description="of weights and activations; master weights, gradients and moments are fp32"
     )
@@ -282,6 +289,11 @@ class TrainingConfig(Section):
         default="none",
         description="activations computed again in backward instead of kept; selective: what lies between matrix "
         "multiplications (norms, SwiGLU); full: whole layers",
+    )
+    kernels: Literal["auto", "torch", "compile", "liger"] = Field(
+        default="auto",
+        description="what fuses RMSNorm, rotary embeddings and SwiGLU; compile: torch.compile, which needs a compiler; "
+        "liger: Liger's Triton kernels; auto: compile on GPUs that have what it needs, else torch",
     )
     deterministic: bool = Field(
         default=False,

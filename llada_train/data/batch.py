@@ -19,12 +19,14 @@ class Segments:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of B rows and S columns with K masked positions (padding included).
+    """One micro-batch of B rows and S columns with E samples and K masked positions (padding included).
+
+    E = B, but for packed rows, which hold several samples each.
 
     Under context parallelism S counts the columns of this rank's slice, and attention reads the keys of whole rows, of
     S' = S × ranks columns; without it S' = S. K is at least 1 and a multiple of 256; the padding repeats position 0
-    with weight 0. All of it is made on the host, so that the device never has to be asked how many positions are
-    masked.
+    of sample 0 with weight 0. All of it is made on the host, so that the device never has to be asked how many
+    positions are masked.
     """
 
     input_ids: Tensor  # [B, S] int64, noised
@@ -33,10 +35,11 @@ class Batch:
     masked_positions: Tensor  # [K] int64, indexes into the B·S flattened tokens
     targets: Tensor | None  # [K] int64; None: hidden states are asked for, in place of losses
     loss_weight: Tensor  # [K] fp32, already normalised over the global batch
+    masked_samples: Tensor  # [K] int64, which of the E samples each position is of
     sample_index: (
-        Tensor  # [B] int64, the rows' places in the run's global order; -1: a row that only fills the batch up
+        Tensor  # [E] int64, the samples' places in the run's global order; -1: of a row that only fills the batch up
     )
-    t: Tensor  # [B] fp32, mask probability p of each row
+    t: Tensor  # [E] fp32, mask probability p of each sample
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; from pinned memory the copy is asynchronous."""

@@ -28,7 +28,8 @@ LLADA = (
 )
 # For models that were not trained on chat tokens.
 PLAIN = (
-    "{% for message in messages %}{{ message['content'] }}{% if message['role'] != 'assistant' %}\n{% endif %}"
+    # Not a newline as it stands: it would be trimmed, since a block comes before it.
+    "{% for message in messages %}{{ message['content'] }}{% if message['role'] != 'assistant' %}{{ '\\n' }}{% endif %}"
     "{% endfor %}"
 )
 TEMPLATES = {"llada": LLADA, "plain": PLAIN}

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from llada_train.config.schema import Config
 from llada_train.data.batch import Batch, Segments
 from llada_train.data.place import ALONE, MASKED_MULTIPLE, Place
 from llada_train.data.timeline import Timeline
-from llada_train.data.training_data import Row, TrainingData
+from llada_train.data.training_data import Row, Sample, TrainingData
 
 SHAPES = 32  # different lengths of an SFT run's micro-batches
 FILLER = -1  # sample_index of a row that only fills a batch up
@@ -22,22 +22,29 @@ FILLER = -1  # sample_index of a row that only fills a batch up
 def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id: int, place: Place = ALONE) -> Batch:
     """B rows, padded at the end to `sequence_length` → a Batch of this place's S columns of them.
 
-    Positions begin again with each document. A row's padding is a segment of its own: no token attends to it and no
-    loss reads it.
+    Positions begin again with each sample and each document. A row's padding is a segment of its own: no token attends
+    to it and no loss reads it.
     """
     B, S = len(rows), sequence_length // place.context_parallel_size
     first = place.context_parallel_rank * S
     clean = np.full((B, sequence_length), padding_id, np.int64)
     mask = np.zeros((B, sequence_length), bool)
+    owner = np.zeros((B, sequence_length), np.int64)  # number of a token's sample
+    samples = list(chain.from_iterable(rows))
+    numbers = count()
     for b, row in enumerate(rows):
-        clean[b, : len(row.tokens)] = row.tokens
-        mask[b, : len(row.tokens)] = row.mask
-    clean, mask = clean[:, first : first + S], mask[:, first : first + S]
+        start = 0
+        for sample in row:
+            stop = start + len(sample.tokens)
+            clean[b, start:stop], mask[b, start:stop], owner[b, start:stop] = sample.tokens, sample.mask, next(numbers)
+            start = stop
+    clean, mask, owner = (whole[:, first : first + S] for whole in (clean, mask, owner))
     lengths = [_segment_lengths(row, sequence_length) for row in rows]
     positions_in_row = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths])
 
     positions = np.flatnonzero(mask)
-    weight = np.array([row.loss_weight for row in rows])[positions // S]
+    masked_samples = owner.ravel()[positions]
+    weight = np.array([sample.loss_weight for sample in samples])[masked_samples]
     fill = max(1, -(-len(positions) // MASKED_MULTIPLE)) * MASKED_MULTIPLE - len(positions)
     return Batch(
         input_ids=torch.from_numpy(np.where(mask, mask_id, clean)),
@@ -46,15 +53,17 @@ def collate(rows: Sequence[Row], sequence_length: int, mask_id: int, padding_id:
         masked_positions=torch.from_numpy(np.pad(positions, (0, fill))),
         targets=torch.from_numpy(np.pad(clean.ravel()[positions], (0, fill))),
         loss_weight=torch.from_numpy(np.pad(weight, (0, fill)).astype(np.float32)),
-        sample_index=torch.tensor([row.sample_index for row in rows]),
-        t=torch.tensor([row.mask_probability for row in rows], dtype=torch.float32),
+        masked_samples=torch.from_numpy(np.pad(masked_samples, (0, fill))),
+        sample_index=torch.tensor([sample.sample_index for sample in samples]),
+        t=torch.tensor([sample.mask_probability for sample in samples], dtype=torch.float32),
     )
 
 
 def _segment_lengths(row: Row, sequence_length: int) -> tuple[int, ...]:
-    """Of the row's documents and, where it is cut, of its padding."""
-    padding = sequence_length - len(row.tokens)
-    return (*row.document_lengths, padding) if padding else row.document_lengths
+    """Of the documents of the row's samples and, where they do not fill it, of its padding."""
+    documents = tuple(chain.from_iterable(sample.document_lengths for sample in row))
+    padding = sequence_length - sum(documents)
+    return (*documents, padding) if padding else documents
 
 
 def _segments(lengths: list[tuple[int, ...]], sequence_length: int, columns: range) -> Segments | None:
@@ -92,19 +101,18 @@ class TrainingLoader:
         """The same loader in the order of a run with this timeline."""
         return TrainingLoader(self._data.at(timeline), self._config, self._place)
 
-    def samples(self, first_sample: int) -> range:
-        """The places in the run's order of the rows that this process reads of the global batch at `first_sample`."""
-        return self._place.samples(first_sample, self._data.timeline.phase(first_sample).global_batch_size)
-
     def global_batch(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that starts at `first_sample`.
 
-        The lengths and weights of all N rows are drawn, since the weights are normalised over the global batch; the
-        tokens and masks only of this rank's rows.
+        The lengths and weights of all N samples are drawn, since the weights are normalised over the global batch; the
+        tokens and masks only of this rank's.
         """
         length = self._data.timeline.phase(first_sample).sequence_length
-        rows = self._data.rows(first_sample, self.samples(first_sample))
-        return micro_batches(rows, length, self._data, self._config, self._place)
+        packing = self._data.packing(first_sample)
+        own, fillers = place_rows(len(packing), self._data, self._config, self._place)
+        samples = iter(self._data.samples(first_sample, list(chain(*packing[own.start : own.stop]))))
+        rows = [tuple(islice(samples, len(packing[row]))) for row in own]
+        return micro_batches([*rows, *fillers], length, self._data, self._config, self._place)
 
     def iterate(self, consumed_samples: int, until_samples: int) -> Generator[GlobalBatch, None, None]:
         """The global batches of the steps that follow consumed_samples, to before until_samples.
@@ -156,7 +164,7 @@ def validation(data: TrainingData, config: Config, place: Place = ALONE) -> Vali
     Over all ranks, Σ weight · NLL estimates the bound in nats per token.
     """
     own, fillers = place_rows(sum(data.validation_counts), data, config, place)
-    rows = [*data.validation_batch(own), *fillers]
+    rows = [*((sample,) for sample in data.validation_samples(own)), *fillers]
     return Validation(
         batches=micro_batches(rows, data.sequence_length, data, config, place),
         t=data.validation_t,
@@ -166,13 +174,10 @@ def validation(data: TrainingData, config: Config, place: Place = ALONE) -> Vali
 
 def place_rows(total: int, data: TrainingData, config: Config, place: Place) -> tuple[range, list[Row]]:
     """Which of so many rows a place has, and rows without masks that fill its micro-batches up."""
-    multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
-    rows_per_rank = -(-total // (place.data_parallel_size * multiple)) * multiple
+    own, missing = place.rows(total, config)
     length = 1 if config.sft else data.sequence_length  # a row of pre-training always has all columns
-    filler = Row(FILLER, np.full(length, data.tokenizer.eos_id), np.zeros(length, bool), 1.0, 0.0, (length,))
-    first = place.data_parallel_rank * rows_per_rank
-    own = range(min(first, total), min(first + rows_per_rank, total))
-    return own, [filler] * (rows_per_rank - len(own))
+    filler = Sample(FILLER, np.full(length, data.tokenizer.eos_id), np.zeros(length, bool), 1.0, 0.0, (length,))
+    return own, [(filler,)] * missing
 
 
 def micro_batches(
@@ -183,7 +188,7 @@ def micro_batches(
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     longest = [sequence_length] * len(groups)
     if config.sft is not None:
-        longest = [max(len(row.tokens) for row in group) for group in groups]
+        longest = [max(sum(len(sample.tokens) for sample in row) for row in group) for group in groups]
         if config.parallel.pipeline_parallel > 1:  # its stages send each other tensors of one shape in all of a step
             longest = [max(longest)] * len(groups)
     ids = data.tokenizer.mask_id, data.tokenizer.eos_id

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llada_train.config.schema import ParallelConfig
+from llada_train.config.schema import Config, ParallelConfig
 
 # Masked positions of a micro-batch are padded to a multiple: few different numbers keep kernels and blocks few.
 MASKED_MULTIPLE = 256
@@ -10,18 +10,23 @@ MASKED_MULTIPLE = 256
 
 @dataclass(frozen=True)
 class Place:
-    """What one process reads of a global batch: a block of its rows, a slice of their columns, all equally large."""
+    """What one process reads of a global batch: a block of its rows, a slice of their columns."""
 
     data_parallel_rank: int = 0
     data_parallel_size: int = 1
     context_parallel_rank: int = 0
     context_parallel_size: int = 1
 
-    def samples(self, first_sample: int, global_batch_size: int) -> range:
-        """The places in the run's order of the rows that it reads of the global batch at `first_sample`."""
-        rows = global_batch_size // self.data_parallel_size
-        first = first_sample + self.data_parallel_rank * rows
-        return range(first, first + rows)
+    def rows(self, total: int, config: Config) -> tuple[range, int]:
+        """Which of so many rows it reads, and how many empty ones fill its micro-batches up.
+
+        Every process has equally many micro-batches, as many as the schedule of pipeline stages takes.
+        """
+        multiple = config.training.micro_batch_size * config.parallel.micro_batch_multiple
+        each = -(-total // (self.data_parallel_size * multiple)) * multiple
+        first = self.data_parallel_rank * each
+        own = range(min(first, total), min(first + each, total))
+        return own, each - len(own)
 
 
 ALONE = Place()

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llada_train.config.errors import UserError
+from llada_train.config.errors import UserError, under_key
 from llada_train.config.schema import Config, CorpusConfig
 from llada_train.data.corpus import Corpus, Manifest
 from llada_train.data.order import BlockIndex
-from llada_train.data.training_data import Row, TrainingData
+from llada_train.data.training_data import Sample, TrainingData
 from llada_train.objective.forward_process import Noise, training_noise, validation_noise
 
 OPENED_AT_ONCE = 16  # corpora
@@ -63,7 +63,7 @@ class PretrainingData(TrainingData):
         # Opening waits for file systems far away, so many are opened at once; which is at fault first is the config's
         # order all the same.
         with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
-            opened = list(pool.map(self._open, config.data.corpora))
+            opened = list(pool.map(self._open, range(len(config.data.corpora)), config.data.corpora))
         self.corpora = [training.corpus for training, _ in opened]
         self._training = [training for training, _ in opened]
         self._held_out = [held_out for _, held_out in opened]
@@ -79,17 +79,17 @@ class PretrainingData(TrainingData):
         """Training blocks of each corpus, of `block_length` tokens: what one epoch over it reads."""
         return [stream.num_pieces for stream in self._training]
 
-    def rows(self, first_sample: int, samples: Sequence[int]) -> list[Row]:
+    def samples(self, first_sample: int, numbers: Sequence[int]) -> list[Sample]:
         phase = self.timeline.phase(first_sample)
         noise = training_noise(
             self.config.seed, first_sample, phase.global_batch_size, phase.sequence_length, self.config.objective
         )
-        tokens = self.training_rows(samples)
-        return [self._row(row, noise, g - first_sample) for row, g in zip(tokens, samples, strict=True)]
+        tokens = self.training_rows(numbers)
+        return [self._sample(row, noise, g - first_sample) for row, g in zip(tokens, numbers, strict=True)]
 
-    def _row(self, tokens: np.ndarray, noise: Noise, i: int) -> Row:
+    def _sample(self, tokens: np.ndarray, noise: Noise, i: int) -> Sample:
         tokens = tokens[: noise.lengths[i]]
-        return Row(
+        return Sample(
             sample_index=noise.first_sample + i,
             tokens=tokens,
             mask=noise.mask(i),
@@ -171,9 +171,9 @@ class PretrainingData(TrainingData):
     def validation_t(self) -> np.ndarray:
         return self._validation_noise.mask_probability
 
-    def validation_batch(self, rows: Sequence[int]) -> list[Row]:
-        tokens = self.read_validation_rows(rows)
-        return [self._row(row, self._validation_noise, i) for row, i in zip(tokens, rows, strict=True)]
+    def validation_samples(self, numbers: Sequence[int]) -> list[Sample]:
+        tokens = self.read_validation_rows(numbers)
+        return [self._sample(row, self._validation_noise, i) for row, i in zip(tokens, numbers, strict=True)]
 
     @cached_property
     def validation_rows(self) -> np.ndarray:
@@ -236,10 +236,11 @@ class PretrainingData(TrainingData):
                 f"({len(without)} of {len(documents)} looked at do not); `llada-data add-eos` gives it to them"
             )
 
-    def _open(self, settings: CorpusConfig) -> tuple[_Stream, _Stream | None]:
+    def _open(self, number: int, settings: CorpusConfig) -> tuple[_Stream, _Stream | None]:
         """The training and the held-out stream of one corpus."""
-        config = self.config
-        corpus, held_out = Corpus(settings.path), settings.validation_documents
+        config, held_out = self.config, settings.validation_documents
+        with under_key(f"data.corpora.{number}.path"):
+            corpus = Corpus(settings.path)
         for prefix, manifest in corpus.manifests.items():
             self._check_tokenizer(prefix, manifest)
         if held_out >= corpus.num_documents:

@@ -1,9 +1,10 @@
 """Fine-tuning rows: the dialogues of each data set, one for each sample, and their noise (paper §2.3, Alg. 2).
 
-A row is a prompt, its response, EOS, and learnt EOS up to the longest of `eos_pad_group` samples; what a micro-batch
-needs beyond that, to make its rows equally long, is neither learnt nor attended to. Prompts are never noised. The clock
-counts data.sequence_length nominal tokens for each example, and one example is one block of the order, so that order,
-epochs, mixtures and held-out documents are those of pre-training.
+A sample is a prompt, its response, EOS, and learnt EOS up to the longest of `eos_pad_group` samples. It has a row for
+itself or, packed, shares one with others of its global batch, which it does not see; its noise and its weight are the
+same. What a micro-batch needs beyond that, to make its rows equally long, is neither learnt nor attended to. Prompts
+are never noised. The clock counts data.sequence_length nominal tokens for each example, and one example is one block of
+the order, so that order, epochs, mixtures and held-out documents are those of pre-training.
 """
 
 import math
@@ -17,9 +18,11 @@ import numpy as np
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config, CorpusConfig, LearningRatePhase, SftConfig
 from llada_train.data.chat import TEMPLATES, template_source
+from llada_train.data.corpus import CorpusIdentity
 from llada_train.data.order import BlockIndex
+from llada_train.data.packing import first_fit_decreasing
 from llada_train.data.prepared import PreparedSet
-from llada_train.data.training_data import Row, TrainingData
+from llada_train.data.training_data import Sample, TrainingData
 from llada_train.objective.forward_process import Noise, fine_tuning_noise, validation_noise
 from llada_train.objective.keyed import Purpose, sample_words, uniform
 
@@ -120,9 +123,12 @@ class SftData(TrainingData):
         ]
         self._held_out = [corpus.validation_documents for corpus in config.data.corpora]
         for settings, examples in zip(config.data.corpora, self._examples, strict=True):
-            _check_size(settings, examples, self.sequence_length)
+            _check_size(settings, examples, self.sequence_length, config.sft)
         self.config = _resolved(config, config.sft, sum(self.blocks_per_corpus))
         self._follow(self.timeline_after())
+
+    def counted(self, corpus: CorpusIdentity) -> str:
+        return f"{corpus.documents // 2:,} responses with {corpus.tokens:,} tokens"  # and as many contexts
 
     @property
     def blocks_per_corpus(self) -> list[int]:
@@ -153,12 +159,22 @@ class SftData(TrainingData):
             found.append(self._examples[c].example(block, int(draw * self._examples[c].choices(block))))
         return found
 
-    def rows(self, first_sample: int, samples: Sequence[int]) -> list[Row]:
-        size = self.timeline.phase(first_sample).global_batch_size
-        examples = self.examples(range(first_sample, first_sample + size))
+    def packing(self, first_sample: int) -> list[list[int]]:
+        if self._sft.rows == "padded":
+            return super().packing(first_sample)
+        lengths, _ = self._padded(self._global_batch(first_sample))
+        rows = first_fit_decreasing(lengths.tolist(), self.sequence_length)
+        return [[first_sample + i for i in row] for row in rows]
+
+    def samples(self, first_sample: int, numbers: Sequence[int]) -> list[Sample]:
+        examples = self._global_batch(first_sample)
         lengths, learnt = self._padded(examples)
         noise = fine_tuning_noise(self.config.seed, first_sample, lengths, learnt, self.config.objective)
-        return [self._row(examples[g - first_sample], noise, g - first_sample) for g in samples]
+        return [self._sample(examples[g - first_sample], noise, g - first_sample) for g in numbers]
+
+    def _global_batch(self, first_sample: int) -> list[Example]:
+        size = self.timeline.phase(first_sample).global_batch_size
+        return self.examples(range(first_sample, first_sample + size))
 
     @cached_property
     def validation_examples(self) -> list[Example]:
@@ -179,18 +195,18 @@ class SftData(TrainingData):
     def validation_t(self) -> np.ndarray:
         return self._validation_noise.mask_probability
 
-    def validation_batch(self, rows: Sequence[int]) -> list[Row]:
-        return [self._row(self.validation_examples[i], self._validation_noise, i) for i in rows]
+    def validation_samples(self, numbers: Sequence[int]) -> list[Sample]:
+        return [self._sample(self.validation_examples[i], self._validation_noise, i) for i in numbers]
 
     def _padded(self, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each row with its learnt EOS, and how many of them are learnt: int64 [N] each."""
+        """Tokens of each sample with its learnt EOS, and how many of them are learnt: int64 [N] each."""
         lengths = np.array([example.length for example in examples], np.int64)
         groups = np.arange(0, len(lengths), self._sft.eos_pad_group)
         longest = np.maximum.reduceat(lengths, groups) if len(lengths) else lengths
         padded = np.repeat(longest, self._sft.eos_pad_group)[: len(lengths)]
         return padded, padded - lengths + np.array([example.learnt for example in examples], np.int64)
 
-    def _row(self, example: Example, noise: Noise, i: int) -> Row:
+    def _sample(self, example: Example, noise: Noise, i: int) -> Sample:
         length = int(noise.lengths[i])
         tokens = np.full(length, self.tokenizer.eos_id, np.int64)
         stored = example.stop - example.start
@@ -200,7 +216,7 @@ class SftData(TrainingData):
         learnt[stored:] = True
         for begin, end in example.responses:
             learnt[begin:end] = True
-        return Row(
+        return Sample(
             sample_index=noise.first_sample + i,
             tokens=tokens,
             mask=noise.mask(i) & learnt,
@@ -226,6 +242,13 @@ class SftData(TrainingData):
             if others := sum(count for _, count in reasons.most_common()[TOLD_REASONS:]):
                 counts.append(f"{others:,} left out for other reasons")
             lines += [f"{name}: {columns}; {', '.join(counts)}", self.rendered(examples.example(0, 0))]
+        if self._sft.rows == "packed":
+            lengths, _ = self._padded(self._global_batch(0))
+            rows = len(self.packing(0))
+            lines.append(
+                f"packed: the first {len(lengths):,} examples share {rows:,} rows of {self.sequence_length:,} tokens, "
+                f"{lengths.sum() / (rows * self.sequence_length):.0%} of which they fill"
+            )
         return lines
 
     def rendered(self, example: Example) -> str:
@@ -246,11 +269,17 @@ class SftData(TrainingData):
         return self.tokenizer.decode(ids, keep_special=True)
 
 
-def _check_size(settings: CorpusConfig, examples: _Examples, sequence_length: int) -> None:
+def _check_size(settings: CorpusConfig, examples: _Examples, sequence_length: int, sft: SftConfig) -> None:
     if not examples.count:
+        why = {
+            "drop": "all are longer; raise it, or have them cut (sft.too_long=truncate_response)",
+            "truncate_response": "the prompts alone fill it; raise it, or have them cut (sft.too_long=truncate_prompt)",
+            "truncate_prompt": "the responses alone fill it; raise it, or have them cut "
+            "(sft.too_long=truncate_response)",
+        }
         raise UserError(
-            f"{settings.path}: none of its examples fits into data.sequence_length {sequence_length}; raise it, or set "
-            "sft.too_long"
+            f"{settings.path}: none of its examples fits into data.sequence_length {sequence_length}: "
+            f"{why[sft.too_long]}"
         )
     if settings.validation_documents >= examples.count:
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from llada_train.config.errors import UserError
+from llada_train.config.errors import UserError, under_key
 from llada_train.config.schema import Config
 from llada_train.data.corpus import Corpus, CorpusIdentity
 from llada_train.data.order import Order
@@ -21,7 +21,7 @@ from llada_train.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Row:
+class Sample:
     """One sequence and its noise."""
 
     sample_index: int
@@ -29,7 +29,11 @@ class Row:
     mask: np.ndarray  # [L] bool
     mask_probability: float
     loss_weight: float  # of each masked token
-    document_lengths: tuple[int, ...]  # Σ = L: tokens see those of their own document; one, if they see the whole row
+    document_lengths: tuple[int, ...]  # Σ = L: tokens see those of their own document; one, if they see all L
+
+
+Row = tuple[Sample, ...]
+"""Samples one after another, Σ L ≤ S; they do not see each other. One, but for packed rows."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,10 @@ class TrainingData(ABC):
             UserError: the tokenizer is missing or damaged, or the model's vocabulary too small for it.
         """
         self.config = config
-        """With all that hangs on the sizes of the data."""
         self.sequence_length = config.data.sequence_length  # of validation rows
         self.block_length = config.block_length
-        self.tokenizer = Tokenizer.load(config.data.tokenizer)
+        with under_key("data.tokenizer"):
+            self.tokenizer = Tokenizer.load(config.data.tokenizer)
         self._vocab_size = config.model.vocab_size
         if self.tokenizer.vocab_size > self._vocab_size:
             raise UserError(
@@ -89,9 +93,14 @@ class TrainingData(ABC):
     def validation_counts(self) -> list[int]:
         """Validation rows of each corpus."""
 
+    def packing(self, first_sample: int) -> list[list[int]]:
+        """The samples of each row of the global batch that begins at `first_sample`; the same on every rank."""
+        size = self.timeline.phase(first_sample).global_batch_size
+        return [[g] for g in range(first_sample, first_sample + size)]
+
     @abstractmethod
-    def rows(self, first_sample: int, samples: Sequence[int]) -> list[Row]:
-        """The rows `samples` of the global batch that begins at `first_sample`, with their noise.
+    def samples(self, first_sample: int, numbers: Sequence[int]) -> list[Sample]:
+        """The samples `numbers` of the global batch that begins at `first_sample`, with their noise.
 
         Weights are normalised over the whole global batch.
 
@@ -100,8 +109,8 @@ class TrainingData(ABC):
         """
 
     @abstractmethod
-    def validation_batch(self, rows: Sequence[int]) -> list[Row]:
-        """Some of the validation rows, by their numbers, with the same noise every time. Raises as `rows`."""
+    def validation_samples(self, numbers: Sequence[int]) -> list[Sample]:
+        """Some of the validation rows, by their numbers, with the same noise every time. Raises as `samples`."""
 
     @property
     @abstractmethod
@@ -139,6 +148,10 @@ class TrainingData(ABC):
     def _follow(self, timeline: Timeline) -> None:
         self.timeline = timeline
         self._order = Order(self.blocks_per_corpus, timeline.mixtures, self.config.seed)
+
+    def counted(self, corpus: CorpusIdentity) -> str:
+        """What it holds, in words."""
+        return f"{corpus.documents:,} documents with {corpus.tokens:,} tokens"
 
     @property
     def identities(self) -> list[CorpusIdentity]:

@@ -106,10 +106,10 @@ def until(eos_id: int, ids: list[int]) -> list[int]:
 def _bound(denoiser: Denoiser, data: SftData) -> float:
     """Σ weight · NLL over the validation rows, whose weights are normalised over all of them."""
     total = 0.0
-    for row in data.validation_batch(range(len(data.validation_examples))):
-        clean, mask = torch.from_numpy(row.tokens), torch.from_numpy(row.mask)
+    for sample in data.validation_samples(range(len(data.validation_examples))):
+        clean, mask = torch.from_numpy(sample.tokens), torch.from_numpy(sample.mask)
         if mask.any():
             noised = clean.masked_fill(mask, data.tokenizer.mask_id).unsqueeze(0)
             log_p = log_probabilities(denoiser, Query(noised, mask.unsqueeze(0)), clean.unsqueeze(0))
-            total -= row.loss_weight * log_p.sum().item()
+            total -= sample.loss_weight * log_p.sum().item()
     return total

@@ -20,6 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from llada_train.data.batch import Segments
+from llada_train.model.kernels import Kernels
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -45,17 +46,12 @@ def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embeddings to x [S, B, heads, D] in fp32; returns x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
 class BidirectionalAttention(torch.nn.Module):
     """softmax(QKᵀ/√D)·V within each segment, with no causal mask and no memory of size S×S."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, kernels: Kernels, **_: Any) -> None:
         super().__init__()
+        self._rotate = kernels.rotate
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: AttentionInputs, **__: Any
@@ -63,8 +59,8 @@ class BidirectionalAttention(torch.nn.Module):
         """query [S, B, N, D], key and value [S, B, G, D] → [S, B, N·D]."""
         inputs = packed_seq_params
         assert inputs.cos is not None and inputs.sin is not None
-        q = rotate(query, inputs.cos, inputs.sin)
-        k, v = _of_whole_rows(rotate(key, inputs.cos, inputs.sin), value)
+        q, k = self._rotate(query, key, inputs.cos, inputs.sin)
+        k, v = _of_whole_rows(k, value)
         if flash_attn_varlen_func is not None and q.is_cuda and q.dtype == torch.bfloat16:
             out = _flash(q, k, v, inputs.segments)
         elif inputs.segments is None:

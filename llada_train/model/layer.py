@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from llada_train.model.attention import AttentionInputs
+from llada_train.model.kernels import Kernels
 
 
 class TransformerLayer(transformer_layer.TransformerLayer):
@@ -32,28 +31,16 @@ class TransformerLayer(transformer_layer.TransformerLayer):
 class GatedMLP(MLP):
     """fc2(silu(gate) · up), gate and up from fc1."""
 
+    def __init__(self, *arguments: Any, kernels: Kernels, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self._swiglu = kernels.swiglu
+
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         gate_up, _bias = self.linear_fc1(hidden_states)
-        product = _Intermediate(_SwiGLU.apply, gate_up, self.config.recompute_granularity == "selective")
+        product = _Intermediate(self._swiglu, gate_up, self.config.recompute_granularity == "selective")
         output, bias = self.linear_fc2(product.value)
         product.release(output)
         return output, bias
-
-
-class _SwiGLU(torch.autograd.Function):
-    """[…, 2F] (gate, up) → silu(gate) · up […, F]; keeps its input only, which fc1 has made anyway."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        to_gate = torch.ops.aten.silu_backward(gradient * up, gate)
-        return torch.cat([to_gate, gradient * F.silu(gate)], dim=-1)
 
 
 class _Intermediate:

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+
+from llada_train.model.kernels import Kernels
 
 
 class _SumGradientOverTensorParallel(torch.autograd.Function):
@@ -31,12 +32,14 @@ class _SumGradientOverTensorParallel(torch.autograd.Function):
 class RMSNorm(torch.nn.RMSNorm):
     """x / √(mean(x²) + eps) · weight over the last axis, with the constructor that megatron-core's blocks call."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, kernels: Kernels, **_: Any) -> None:
         # None is torch's default device, as for megatron-core's own layers: the CPU, or what the caller chose.
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.sequence_parallel = config.sequence_parallel
+        self._rms_norm = kernels.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         weight = _SumGradientOverTensorParallel.apply(self.weight) if self.sequence_parallel else self.weight
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        assert self.eps is not None
+        return self._rms_norm(x, weight, self.eps)

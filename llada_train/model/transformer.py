@@ -24,6 +24,7 @@ from llada_train.config.schema import ModelConfig, ParallelConfig, Precision, Re
 from llada_train.data.batch import Batch
 from llada_train.model.attention import AttentionInputs, BidirectionalAttention, rotary_tables
 from llada_train.model.head import MaskedHead
+from llada_train.model.kernels import TORCH, Kernels
 from llada_train.model.layer import GatedMLP, TransformerLayer
 from llada_train.model.norm import RMSNorm
 from llada_train.model.sizes import layers_of_stages
@@ -84,23 +85,27 @@ def transformer_config(
     )
 
 
-def _layer_spec() -> ModuleSpec:
+def layer_spec(kernels: Kernels) -> ModuleSpec:
+    """A layer of ours, for megatron-core's blocks to build."""
+    params = {"kernels": kernels}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=ModuleSpec(module=RMSNorm, params=params),
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=BidirectionalAttention,
+                    core_attention=ModuleSpec(module=BidirectionalAttention, params=params),
                     linear_proj=RowParallelLinear,
                 ),
             ),
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=ModuleSpec(module=RMSNorm, params=params),
             mlp=ModuleSpec(
-                module=GatedMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=GatedMLP,
+                params=params,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
         ),
     )
@@ -112,7 +117,7 @@ class Stage(MegatronModule):
     Weights are allocated, not initialised; llada_train.model.weights fills them.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, kernels: Kernels, vp_stage: int | None) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
         self.vp_stage = vp_stage  # which of this process's stages; None: its only one
@@ -130,7 +135,10 @@ class Stage(MegatronModule):
         layers = get_num_layers_to_build(config, vp_stage)
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(layer_specs=[_layer_spec()] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(
+                layer_specs=[layer_spec(kernels)] * layers,
+                layer_norm=ModuleSpec(module=RMSNorm, params={"kernels": kernels}),
+            ),
             pre_process=first,
             post_process=last,
             vp_stage=vp_stage,
@@ -161,10 +169,12 @@ class Stage(MegatronModule):
 class LLaDATransformer(torch.nn.Module):
     """All stages of this process: one, or several under the interleaved schedule."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, kernels: Kernels = TORCH) -> None:
         super().__init__()
         chunks = config.virtual_pipeline_model_parallel_size or 1
-        self.stages = torch.nn.ModuleList(Stage(model, config, i if chunks > 1 else None) for i in range(chunks))
+        self.stages = torch.nn.ModuleList(
+            Stage(model, config, kernels, i if chunks > 1 else None) for i in range(chunks)
+        )
 
     def forward(self, batch: Batch, stage: int = 0) -> Tensor:
         """One stage's forward pass; its input tensor is megatron-core's schedule's to set."""

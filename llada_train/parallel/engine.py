@@ -39,8 +39,8 @@ class Losses:
     """What one global batch cost, summed over all micro-batches and ranks; equal on every rank."""
 
     loss: float  # Σ weight·NLL: nats per token
-    bucket_losses: Tensor  # [T_BUCKETS] Σ of the rows' own bounds (nats per token), by tenths of the mask probability
-    bucket_rows: Tensor  # [T_BUCKETS] rows in it
+    bucket_losses: Tensor  # [T_BUCKETS] Σ of the samples' own bounds (nats per token), by tenths of mask probability
+    bucket_samples: Tensor  # [T_BUCKETS] samples in it
 
     @classmethod
     def none(cls) -> "Losses":
@@ -49,14 +49,14 @@ class Losses:
 
     def __add__(self, other: "Losses") -> "Losses":
         return Losses(
-            self.loss + other.loss, self.bucket_losses + other.bucket_losses, self.bucket_rows + other.bucket_rows
+            self.loss + other.loss, self.bucket_losses + other.bucket_losses, self.bucket_samples + other.bucket_samples
         )
 
     def bound_by_t(self) -> list[float | None]:
-        """Mean bound (nats per token) of the rows in each tenth; None: there was no row."""
+        """Mean bound (nats per token) of the samples in each tenth; None: there was none."""
         return [
             float(loss / count) if count else None
-            for loss, count in zip(self.bucket_losses, self.bucket_rows, strict=True)
+            for loss, count in zip(self.bucket_losses, self.bucket_samples, strict=True)
         ]
 
 
@@ -98,7 +98,9 @@ class Engine(SplitModel):
     """A model in some layout, its optimizer, and the step that ties them."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
-        super().__init__(config.model, config.parallel, topology, config.training.precision, config.training.recompute)
+        training = config.training
+        chosen = kernels(training.kernels, topology.device)
+        super().__init__(config.model, config.parallel, topology, training.precision, training.recompute, chosen)
         self.config = config
         self.bf16 = config.training.precision == "bf16"
         self._zero_stage = config.parallel.zero_stage
@@ -197,15 +199,15 @@ class Engine(SplitModel):
         for group in self._engine.optimizer.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._adds_gradients_in_hooks:
-            row_losses = self._run(batches, self.model, nullcontext())
+            sample_losses = self._run(batches, self.model, nullcontext())
             self._engine.set_gradient_accumulation_boundary(True)
             # Reduces its two buffers, of matrices and of norms, as they are; a larger bucket would copy them together.
             self._engine.allreduce_gradients(bucket_size=1)
         elif self._zero_stage == 1:
-            row_losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
+            sample_losses = self._run(batches, self._engine, self._engine.coalesce_grad_reduction())
         else:
-            row_losses = self._run(batches, self._engine, nullcontext())
-        losses = self._sum(row_losses, batches)
+            sample_losses = self._run(batches, self._engine, nullcontext())
+        losses = self._sum(sample_losses, batches)
         if check_replicas_of_step is not None:
             check_replicas(self.shards, check_replicas_of_step)
         return Step(losses, *self._gate.apply(self._engine.step, accepts, losses.loss), self._own_seconds)
@@ -236,9 +238,9 @@ class Engine(SplitModel):
     def _run(
         self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool = False
     ) -> Tensor:
-        """This rank's part of each row's loss, in order of the batches: fp64 [rows], on the device.
+        """This rank's part of each sample's loss, in order of the batches: fp64 [samples], on the device.
 
-        Each row's parts, on the ranks that share its columns, add up; ranks that compute no loss have zeros.
+        A sample's parts, on the ranks that share its row's columns, add up; ranks that compute no loss have zeros.
         """
         device = self.topology.device
 
@@ -247,25 +249,26 @@ class Engine(SplitModel):
 
         reports = self._schedule(batches, step, around, forward_only)
         if reports and self.is_first_slice:
-            return torch.cat([report["rows"] for report in reports])
-        rows = sum(len(batch.t) for batch in batches)
-        return torch.zeros(rows, dtype=torch.float64, device=device)
+            return torch.cat([report["samples"] for report in reports])
+        samples = sum(len(batch.t) for batch in batches)
+        return torch.zeros(samples, dtype=torch.float64, device=device)
 
-    def _sum(self, row_losses: Tensor, batches: list[Batch]) -> Losses:
+    def _sum(self, sample_losses: Tensor, batches: list[Batch]) -> Losses:
         """The losses of the global batch, over all ranks."""
         t = torch.cat([batch.t for batch in batches])
-        bucket = (t * T_BUCKETS).long().clamp_(0, T_BUCKETS - 1).to(row_losses.device)
-        zeros = row_losses.new_zeros(T_BUCKETS)
-        # Of the ranks that share a row one counts it.
-        rows = zeros.index_add(0, bucket, torch.full_like(row_losses, float(self._counts_rows)))
-        total = torch.cat([row_losses.sum().unsqueeze(0), zeros.index_add(0, bucket, row_losses), rows])
+        bucket = (t * T_BUCKETS).long().clamp_(0, T_BUCKETS - 1).to(sample_losses.device)
+        zeros = sample_losses.new_zeros(T_BUCKETS)
+        # Of the ranks that share a row one counts its samples; what only fills up is none.
+        real = torch.cat([batch.sample_index for batch in batches]) >= 0
+        samples = zeros.index_add(0, bucket, (real * float(self._counts_samples)).to(sample_losses))
+        total = torch.cat([sample_losses.sum().unsqueeze(0), zeros.index_add(0, bucket, sample_losses), samples])
         dist.all_reduce(total)
         loss, sums, counts = total.cpu().split([1, T_BUCKETS, T_BUCKETS])
-        # A row's own bound is its part of the loss × the rows of its global batch.
+        # A sample's own bound is its part of the loss × the samples of its global batch.
         return Losses(float(loss), sums * counts.sum(), counts)
 
     @property
-    def _counts_rows(self) -> bool:
+    def _counts_samples(self) -> bool:
         return (
             parallel_state.is_pipeline_first_stage(ignore_virtual=True)
             and self.is_first_slice
@@ -279,8 +282,8 @@ class Engine(SplitModel):
             loss = weighted.sum()
             scale = _data_parallel_group().size() if self._zero_stage == 3 else 1  # against DeepSpeed's mean
             one = torch.ones((), dtype=torch.int, device=loss.device)
-            row = batch.masked_positions // batch.input_ids.shape[1]
-            rows = torch.zeros(len(batch.t), dtype=torch.float64, device=loss.device)
-            return loss * scale, one, {"rows": rows.index_add_(0, row, weighted.detach().double())}
+            samples = torch.zeros(len(batch.t), dtype=torch.float64, device=loss.device)
+            samples.index_add_(0, batch.masked_samples, weighted.detach().double())
+            return loss * scale, one, {"samples": samples}
 
         return module(batch, stage.vp_stage or 0), loss_func

@@ -13,6 +13,7 @@ from torch import Tensor
 from llada_train.config.schema import ModelConfig, ParallelConfig, Precision, Recompute
 from llada_train.data.batch import Batch
 from llada_train.model.head import MaskedHead
+from llada_train.model.kernels import TORCH, Kernels
 from llada_train.model.transformer import LLaDATransformer, Stage, transformer_config
 from llada_train.model.weights import Shard, shards
 from llada_train.parallel import cpu
@@ -30,13 +31,14 @@ class SplitModel:
         topology: Topology,
         precision: Precision,
         recompute: Recompute = "none",
+        kernels: Kernels = TORCH,
     ) -> None:
         """Weights are allocated, not initialised."""
         self.parallel, self.topology = parallel, topology
         self._transformer_config = transformer_config(
             model, parallel, precision, recompute, topology.device.type == "cpu"
         )
-        self.model = LLaDATransformer(model, self._transformer_config)
+        self.model = LLaDATransformer(model, self._transformer_config, kernels)
         self.shards = list(shards(self.model, model))
 
     def set_weights(self, read: Callable[[Shard], Tensor]) -> None:

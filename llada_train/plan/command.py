@@ -45,7 +45,8 @@ def plan(
     """What a run would need, before there is any data or GPU: memory by cause, time, traffic; does it fit?
 
     All by arithmetic from the config and the GPU's data sheet. Exit code 1: it does not fit. The rows of an SFT run are
-    taken to be as long as data.sequence_length, the most they are.
+    taken to be as long as data.sequence_length, the most they are, and to hold one example each: what packing saves
+    hangs on the lengths of the examples, and the run tells it when it begins.
 
     Example: llada-train plan configs/pretrain/llada_8b.yaml --nodes 40 --gpu h800 --search
     """

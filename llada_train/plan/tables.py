@@ -34,12 +34,13 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
     stage = plan.config.parallel.zero_stage
     parts = f"1/{layout.copies}" if layout.copies > 1 else "all"
     in_flight = len(layout.chunks_in_flight(plan.fullest))
+    passes = "1 forward pass" if in_flight == 1 else f"{in_flight} forward passes"
     recompute = plan.config.training.recompute
     rows = [
         ("weights", fullest.weights, parts if stage == 3 else "whole"),
         ("gradients", fullest.gradients, f"fp32, {parts if stage > 1 else 'whole'}"),
         ("optimizer", fullest.optimizer, f"fp32 master and two moments, {parts}"),
-        ("activations", fullest.activations, f"of {in_flight} forward passes, recompute {recompute}"),
+        ("activations", fullest.activations, f"of {passes}, recompute {recompute}"),
         ("logits", fullest.logits, "every token masked"),
         (
             "workspace",

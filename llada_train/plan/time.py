@@ -138,15 +138,16 @@ def _norms_and_swiglu(layout: Layout) -> float:
 def _bytes_of_a_layer(layout: Layout) -> tuple[float, float]:
     """Bytes that a layer's operations between the matrix products read and write, forward and backward.
 
-    Operation by operation, as the model calls them: rotation in fp32 takes 58 bytes for each element of queries and
-    keys (two conversions, two products, a negation, a concatenation, a sum, a conversion back), and as much backward.
+    Operation by operation, as torch's kernels are called (`training.kernels`; fused ones move less): rotation in fp32
+    takes 32 bytes for each element of queries and keys (to fp32, a product, two halves added to, and back: 6 + 8 + 12 +
+    6), and as much backward.
     """
     model: ModelConfig = layout.config.model
     tp, e = layout.config.parallel.tensor_parallel, layout.element_bytes
     rotated = layout.tokens * (model.num_heads + model.num_kv_heads) * model.head_dim / tp
     sums = 6 * e * layout.residual_tokens * model.hidden_size
     norms_and_swiglu = _norms_and_swiglu(layout)
-    return norms_and_swiglu + 58 * rotated + sums, 2.5 * norms_and_swiglu + 58 * rotated + sums
+    return norms_and_swiglu + 32 * rotated + sums, 2.5 * norms_and_swiglu + 32 * rotated + sums
 
 
 def _gradient_bytes(layout: Layout, holding: Holding) -> float:

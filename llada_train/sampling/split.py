@@ -12,7 +12,7 @@ from torch import Tensor
 from llada_train.config.errors import UserError
 from llada_train.data.batch import Batch
 from llada_train.data.loader import FILLER, collate
-from llada_train.data.training_data import Row
+from llada_train.data.training_data import Row, Sample
 from llada_train.parallel.split_model import SplitModel
 from llada_train.parallel.topology import broadcast
 from llada_train.sampling.denoiser import Query, Read, read_logits
@@ -100,11 +100,11 @@ class SplitDenoiser:
         for i, (ids, wanted) in enumerate(zip(doubled.ids, doubled.wanted, strict=True)):
             seen = slice(None) if doubled.visible is None else doubled.visible[i]
             tokens = ids[seen].numpy()
-            rows.append(Row(i, tokens, wanted[seen].numpy(), 0.0, 1.0, (len(tokens),)))
+            rows.append((Sample(i, tokens, wanted[seen].numpy(), 0.0, 1.0, (len(tokens),)),))
             if i < len(query.ids):
                 local[i, : len(tokens)] = numbers[i].where(wanted, -1)[seen]
-        filler = Row(FILLER, np.zeros(columns, np.int64), np.zeros(columns, bool), 0.0, 0.0, (columns,))
-        rows += [filler] * (size * (2 if query.cfg else 1) - len(rows))
+        filler = Sample(FILLER, np.zeros(columns, np.int64), np.zeros(columns, bool), 0.0, 0.0, (columns,))
+        rows += [(filler,)] * (size * (2 if query.cfg else 1) - len(rows))
         batch = collate(rows, columns, self._mask_id, 0, place)
         local = local.chunk(place.context_parallel_size, 1)[place.context_parallel_rank]
         index = local[local >= 0]

@@ -16,11 +16,13 @@ _FREE = (
     "init_from",
     "training.micro_batch_size",
     "training.recompute",
+    "training.kernels",
     "training.deterministic",
     "training.hang_timeout_seconds",
     "training.replica_check_interval_steps",
     "data.prefetch",
     "sft.cache",
+    "sft.rows",
 )
 _FREE_SECTIONS = ("optimizer.learning_rate.", "parallel.", "guard.", "checkpoint.", "validation.", "logging.")
 _IN_SCHEDULE = ("training.global_batch_size", "data.sequence_length", "data.corpora.")

@@ -2,9 +2,12 @@
 
 import math
 import time
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
+
+import numpy as np
 
 from llada_train.checkpoint.manifest import Progress
 from llada_train.checkpoint.restore import load_newest
@@ -26,6 +29,8 @@ from llada_train.training.run_folder import RunFolder
 from llada_train.training.samples import Samples
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
+
+RECENT_STEPS = 1000  # of which the log tells how evenly they pass
 
 
 @dataclass
@@ -81,6 +86,7 @@ class Trainer:
         self.journal, self.samples = journal, samples
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
+        self.recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self.reasons: list[str] = []  # why the last steps in a row were refused
 
     def train(self) -> bool:
@@ -122,6 +128,7 @@ class Trainer:
                     return _Outcome.HAS_TO_GO_BACK
                 if step.applied:
                     seconds = time.perf_counter() - started
+                    self.recent_seconds.append(seconds)
                     interval.add(phase.tokens_per_step, self._flops(batch), step, rate, seconds, data_wait)
                 device = self.engine.topology.device
                 stopping, writing = any_rank(self.stop.received, self.writer.writing, device=device)
@@ -252,6 +259,8 @@ class Trainer:
             model_flops_per_second=sum(rank[2] for rank in everyones) / copies / interval.seconds,
             data_wait_seconds=interval.data_wait / interval.steps,
             step_seconds=interval.seconds / interval.steps,
+            step_seconds_median=float(np.median(self.recent_seconds)),
+            step_seconds_p99=float(np.quantile(self.recent_seconds, 0.99)),
             nelbo_by_t=interval.losses.bound_by_t(),
         )
 

@@ -82,10 +82,13 @@ class MetricsLog:
         model_flops_per_second: float,
         data_wait_seconds: float,
         step_seconds: float,
+        step_seconds_median: float,
+        step_seconds_p99: float,
         nelbo_by_t: Sequence[float | None],
     ) -> None:
         """Record an interval of training steps that ends with `step`; `tokens` are nominal.
 
+        `step_seconds_median` and `step_seconds_p99` are of the run's recent steps, more than the interval's.
         `nelbo_by_t` splits the loss over equal buckets of t in [0, 1]; None where no sequence fell.
         """
         rates = {
@@ -93,6 +96,8 @@ class MetricsLog:
             "model_flops_per_second": model_flops_per_second,
             "data_wait_seconds": data_wait_seconds,
             "step_seconds": step_seconds,
+            "step_seconds_median": step_seconds_median,
+            "step_seconds_p99": step_seconds_p99,
         }
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         record = {"kind": "train", "step": step, "consumed_samples": consumed_samples, "tokens": tokens}

@@ -1,15 +1,16 @@
 """What can be found at fault before any process of a run has started. Imports no torch."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from llada_train.config.errors import UserError
-from llada_train.config.load import load_config
 from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config
 from llada_train.data.chat import prompt_ids
 from llada_train.data.opening import open_data
+from llada_train.data.sft import CACHE
 from llada_train.data.timeline import Timeline
 from llada_train.data.training_data import TrainingData
 from llada_train.training.metrics import read_metrics
@@ -25,30 +26,35 @@ class Inputs:
     run: RunFolder
 
 
-def open_inputs(
-    config_file: Path,
-    overrides: Sequence[str],
-    world_size: int | None = None,
-    accept_config_changes: bool = False,
-    command: str | None = None,
-) -> Inputs:
+def open_inputs(config: Config, accept_config_changes: bool = False) -> Inputs:
     """Open everything that the config names; nothing is written but the cache of tokenized data sets of an SFT run.
 
-    `command` that was given: "pretrain" or "sft".
+    What is refused leaves no cache in the run's folder where none was.
 
     Raises:
-        UserError: config, data, tokenizer or run folder are at fault, or the command is not the config's.
+        UserError: data, tokenizer or run folder are at fault.
     """
-    config = load_config(config_file, overrides, world_size)
-    if command not in (None, config.command):
-        has = "no section `sft`" if config.sft is None else "a section `sft`"
-        raise UserError(f"{config_file}: has {has}; run it with `llada-train {config.command}`")
-    data = open_data(config)
-    config = data.config
-    inputs = Inputs(config, data, RunFolder(config, accept_config_changes))
-    _check_samples(inputs)
-    read_metrics(config.run_dir)
-    return inputs
+    with _leaving_no_cache(config):
+        data = open_data(config)
+        inputs = Inputs(data.config, data, RunFolder(data.config, accept_config_changes))
+        _check_samples(inputs)
+        read_metrics(config.run_dir)
+        return inputs
+
+
+@contextmanager
+def _leaving_no_cache(config: Config) -> Iterator[None]:
+    """A run folder as it was, if the run is refused."""
+    cache = config.run_dir / CACHE
+    there = cache.exists()
+    try:
+        yield
+    except UserError:
+        if not there:
+            shutil.rmtree(cache, ignore_errors=True)
+            with suppress(OSError):  # it is not empty, or not there
+                config.run_dir.rmdir()
+        raise
 
 
 def _check_samples(inputs: Inputs) -> None:
@@ -104,9 +110,7 @@ def check_corpora(run: RunFolder, data: TrainingData) -> None:
         now = corpus.identity
         if now == then:
             continue
-        differs = (
-            f"{then.documents:,} documents with {then.tokens:,} tokens then, {now.documents:,} with {now.tokens:,} now"
-        )
+        differs = f"{data.counted(then)} then, {data.counted(now)} now"
         if (now.documents, now.tokens) == (then.documents, then.tokens):
             differs = "as large as before, but with other tokens"
         raise UserError(

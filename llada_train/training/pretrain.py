@@ -12,6 +12,7 @@ from llada_train.config.errors import UserError
 from llada_train.convert.split import read_slices
 from llada_train.data.loader import TrainingLoader, validation
 from llada_train.data.training_data import TrainingData
+from llada_train.model.kernels import kernels
 from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
@@ -51,6 +52,8 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if here.is_main:  # a few reads of each, which thousands of ranks need not do as well
                 check_content(inputs)
         _check_the_same(data, here)
+        with here.failing_together():
+            kernels(config.training.kernels, here.device)
         start.now("model")
         watchdog.beat("building the model")
         engine = Engine(config, here)
@@ -93,10 +96,11 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             if log is not None:
                 log.close()
                 _draw_curves(run.path)
-                if not complete:
-                    saved = checkpoints(run.checkpoints)[-1]
-                    step = trainer.progress.step
-                    print(f"stopped by a signal after step {step:,}; checkpoint {saved}; run the same command to go on")
+                saved, step = checkpoints(run.checkpoints)[-1], f"{trainer.progress.step:,}"
+                if complete:
+                    print(f"complete at step {step}; checkpoint {saved}")
+                else:
+                    print(f"stopped by a signal after step {step}; checkpoint {saved}; run the same command to go on")
         stop.ignore()
     finally:
         topology.shutdown()

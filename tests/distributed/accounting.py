@@ -141,6 +141,7 @@ def kept_bytes(engine: Engine, batch: Batch) -> int:
         masked_positions=masked,
         targets=torch.zeros_like(masked),
         loss_weight=torch.ones(len(masked)),
+        masked_samples=masked // S,
         sample_index=torch.arange(B),
         t=torch.ones(B),
     )

@@ -115,7 +115,8 @@ def loss_at_every_position() -> AbstractContextManager[Any]:
     collate = loader.collate
 
     def everywhere(batch: list[Row], *arguments: Any) -> Batch:
-        scored = collate([replace(row, mask=np.ones_like(row.mask)) for row in batch], *arguments)
+        rows = [tuple(replace(sample, mask=np.ones_like(sample.mask)) for sample in row) for row in batch]
+        scored = collate(rows, *arguments)
         return replace(scored, input_ids=collate(batch, *arguments).input_ids)
 
     return patch.object(loader, "collate", everywhere)

@@ -40,6 +40,7 @@ def import_and_save(config_file: Path, layout: list[str], folder: Path, ids: lis
         masked_positions=pairs[:, 0].contiguous(),
         targets=pairs[:, 1].contiguous(),
         loss_weight=torch.ones(len(pairs)),
+        masked_samples=torch.zeros(len(pairs), dtype=torch.long),
         sample_index=torch.zeros(1, dtype=torch.long),
         t=torch.ones(1),
     )

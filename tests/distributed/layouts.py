@@ -131,12 +131,15 @@ CHOSEN = [
 ]
 
 
+PACKED = "sft.rows=packed"
 SFT_CHOSEN = [
-    Layout(micro_batch_size=3),
-    Layout(2, zero_stage=2, micro_batch_size=1),
-    Layout(4, zero_stage=3),
-    Layout(2, tensor_parallel=2, sequence_parallel=True, zero_stage=2),
-    Layout(pipeline_parallel=2, virtual_pipeline_parallel=2, context_parallel=2),
+    (Layout(micro_batch_size=3), ()),
+    (Layout(2, zero_stage=2, micro_batch_size=1), ()),
+    (Layout(4, zero_stage=3), ()),
+    (Layout(2, tensor_parallel=2, sequence_parallel=True, zero_stage=2), ()),
+    (Layout(pipeline_parallel=2, virtual_pipeline_parallel=2, context_parallel=2), ()),
+    (Layout(2, zero_stage=2, micro_batch_size=6), (PACKED,)),  # fewer rows than these micro-batches hold
+    (Layout(pipeline_parallel=2, context_parallel=2, tensor_parallel=2, sequence_parallel=True), (PACKED,)),
 ]
 
 

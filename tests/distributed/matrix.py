@@ -108,7 +108,7 @@ class Matrix:
         for run in outcome.runs:
             assert run.losses == found.losses and run.norms == pytest.approx(found.norms, rel=SUM_TOLERANCE), "by rank"
         for step, bounds in zip(found.bounds_by_t, expected.first.bounds_by_t, strict=True):
-            assert _no_row_is_0(step) == pytest.approx(_no_row_is_0(bounds), rel=5 * tolerance)
+            assert no_row_is_0(step) == pytest.approx(no_row_is_0(bounds), rel=5 * tolerance)
         if outcome.layout.kind in ("one process", "DP"):  # the same kernels on the same micro-batches
             same = self._reference(Layout(**outcome.layout.settings["training"]), outcome.overrides, 1)
             one_step = self.run(outcome.layout, *outcome.overrides, fault=outcome.fault, steps=1)
@@ -125,7 +125,7 @@ class Matrix:
         return _distance((ours, value) for _, ours, value in _tensors(found, expected, MASTER)) / _distance(moved)
 
 
-def _no_row_is_0(bounds: list[float | None]) -> list[float]:
+def no_row_is_0(bounds: list[float | None]) -> list[float]:
     return [bound or 0.0 for bound in bounds]
 
 

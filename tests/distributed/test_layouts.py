@@ -38,10 +38,12 @@ def test_layout_trains_as_one_process(matrices: dict[str, Matrix], precision: st
     matrices[precision].check(matrices[precision].run(layout))
 
 
-@pytest.mark.parametrize("layout", SFT_CHOSEN, ids=lambda layout: layout.name)
-def test_layout_fine_tunes_as_one_process(sft_matrix: Matrix, layout: Layout) -> None:
-    """The same of dialogues: rows of many lengths, each with an unmasked prompt and a response's weight."""
-    sft_matrix.check(sft_matrix.run(layout))
+@pytest.mark.parametrize(
+    ("layout", "overrides"), SFT_CHOSEN, ids=["-".join([layout.name, *rows]) for layout, rows in SFT_CHOSEN]
+)
+def test_layout_fine_tunes_as_one_process(sft_matrix: Matrix, layout: Layout, overrides: tuple[str, ...]) -> None:
+    """The same of dialogues: rows of many lengths or packed, each with an unmasked prompt and a response's weight."""
+    sft_matrix.check(sft_matrix.run(layout, *overrides))
 
 
 @pytest.mark.parametrize(

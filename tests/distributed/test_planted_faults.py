@@ -10,8 +10,8 @@ import processes
 import pytest
 import torch
 import training_run
-from layouts import Layout
-from matrix import REFERENCE, STEPS, Matrix
+from layouts import PACKED, Layout
+from matrix import REFERENCE, STEPS, Matrix, no_row_is_0
 from torch.nn import functional as F
 
 from llada_train.config.load import load_config
@@ -123,8 +123,15 @@ class PlainLoop:
 
 
 def test_one_process_fine_tunes_as_a_plain_loop(sft_matrix: Matrix) -> None:
+    """The loss of packed rows is that of padded ones, which is the formula's."""
     losses, norms, predicted = plain_sft_loop(sft_matrix.config)
-    found = sft_matrix.run(REFERENCE).first
+    padded_run, packed_run = sft_matrix.run(REFERENCE), sft_matrix.run(REFERENCE, PACKED)
+    assert packed_run.digests == padded_run.digests
+    found, packed = padded_run.first, packed_run.first
+    assert packed.losses == pytest.approx(losses, rel=TOLERANCE)
+    assert packed.norms == pytest.approx(norms, rel=TOLERANCE)
+    for step, bounds in zip(packed.bounds_by_t, found.bounds_by_t, strict=True):
+        assert no_row_is_0(step) == pytest.approx(no_row_is_0(bounds), rel=5 * TOLERANCE)
     assert [id for id, _ in found.predicted] == [id for id, _ in predicted]
     assert [log for _, log in found.predicted] == pytest.approx([log for _, log in predicted], rel=1e-4)
     assert found.losses == pytest.approx(losses, rel=TOLERANCE)

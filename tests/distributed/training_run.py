@@ -144,7 +144,8 @@ def digest_of_state(engine: Engine) -> str:
 def digest(batches: list[Batch], masked_alone: bool = False) -> dict[int, int]:
     """Sample → a sum over its tokens of a hash of place, id, target and weight: slices of a row add up to the row's.
 
-    `masked_alone`: of masked tokens, since how far a row is padded may depend on the layout.
+    `masked_alone`: of masked tokens, wherever they lie, since how far a row is padded may depend on the layout; else a
+    row is one sample.
     """
     digests: dict[int, int] = {}
     for batch in batches:
@@ -158,9 +159,12 @@ def digest(batches: list[Batch], masked_alone: bool = False) -> dict[int, int]:
         for part in (batch.position_ids, batch.input_ids, targets, weights.view(torch.int32).long()):
             hashes = _mix(hashes ^ part.view(B, S).numpy().astype(np.uint64))
         if masked_alone:
-            hashes[weights.view(B, S).numpy() == 0] = 0
-        for sample, row in zip(batch.sample_index.tolist(), hashes, strict=True):
-            digests[sample] = int(row.sum(dtype=np.uint64))
+            places, samples = batch.masked_positions[counted], batch.masked_samples[counted]
+        else:
+            places, samples = torch.arange(B * S), torch.arange(B).repeat_interleave(S)
+        sums = np.zeros(len(batch.sample_index), np.uint64)
+        np.add.at(sums, samples.numpy(), hashes.ravel()[places.numpy()])
+        digests |= zip(batch.sample_index.tolist(), sums.tolist(), strict=True)
     return digests
 
 

@@ -16,7 +16,7 @@ B, S = 2, 4096
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_step_takes_the_memory_that_is_planned(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a tenth, every token masked; by torch's attention, of which the plan speaks."""
+    """Within a tenth, every token masked; by torch's attention and kernels, of which the plan speaks."""
     from llada_train.model import attention
     from llada_train.model.weights import InitialWeights
     from llada_train.parallel import topology
@@ -37,7 +37,7 @@ def test_a_step_takes_the_memory_that_is_planned(recompute: str, monkeypatch: py
             },
             "data": {"tokenizer": "unused", "sequence_length": S, "corpora": [{"path": "unused"}]},
             "optimizer": {"learning_rate": [{"until_tokens": 1, "end": 1}]},
-            "training": {"global_batch_size": 2 * B, "micro_batch_size": B, "recompute": recompute},
+            "training": {"global_batch_size": 2 * B, "micro_batch_size": B, "recompute": recompute, "kernels": "torch"},
         }
     )
     (planned,) = memory(Layout(config, 1, S, 2 * B))
@@ -51,6 +51,7 @@ def test_a_step_takes_the_memory_that_is_planned(recompute: str, monkeypatch: py
         masked_positions=torch.arange(B * S),
         targets=torch.zeros(B * S, dtype=torch.long),
         loss_weight=torch.full((B * S,), 1 / (B * S)),
+        masked_samples=torch.arange(B * S) // S,
         sample_index=torch.arange(B),
         t=torch.ones(B),
     )

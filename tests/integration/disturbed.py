@@ -20,6 +20,7 @@ from llada_train.data.timeline import Timeline
 from llada_train.training.metrics import METRICS_FILE, read_metrics
 
 TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
+TIMINGS |= {"step_seconds_median", "step_seconds_p99"}
 PATIENCE = 240.0  # seconds for anything that has to happen, on a machine with other things to do
 
 Record = dict[str, Any]
@@ -30,7 +31,7 @@ MOMENTS: tuple[Moment, ...] = ("saving", "training", "start-up")
 
 
 class Run:
-    """`llada-train pretrain CONFIG --processes 2`, or another command on the same config, at work."""
+    """`llada-train pretrain CONFIG --processes 2` (or sft), or another command on the same config, at work."""
 
     def __init__(self, config: Path, command: list[str] | None = None) -> None:
         self.folder = config.parent / "run"
@@ -38,8 +39,9 @@ class Run:
         self._first = last_step(self.folder)
         self._log, self._size, self._steps = self.folder / METRICS_FILE, 0, 0
         self._remnants = set(self._unfinished())
+        kind = load_config(config).command
         self.launcher = subprocess.Popen(
-            command or [sys.executable, "-m", "llada_train.cli", "pretrain", str(config), "--processes", "2"],
+            command or [sys.executable, "-m", "llada_train.cli", kind, str(config), "--processes", "2"],
             env={**os.environ, "DISTURBED_RUN": str(config)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

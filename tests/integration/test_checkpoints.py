@@ -20,6 +20,7 @@ from llada_train.training.run_folder import lock
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
+TIMINGS |= {"step_seconds_median", "step_seconds_p99"}
 
 # As `llada-train pretrain`, but the disk takes no file larger than 100 kB while steps FIRST … LAST are trained.
 FULL_FOR_A_WHILE = """

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_corpus, write_config
+from conftest import ROOT, copy_corpus, sft_settings, write_config
 from disturbed import PATIENCE, Run, assert_same_run, kill_and_go_on, last_step, report, saved_step
 
 from llada_train.checkpoint.store import FOLDER
@@ -93,20 +93,29 @@ def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return config
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_killed_at_random_moments_it_is_the_undisturbed_run(
-    tiny_data: Path, tmp_path: Path, undisturbed: Path, request: pytest.FixtureRequest
+    tiny_data: Path, tmp_path: Path, undisturbed: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
-    kills, steps, expected = 5, STEPS, undisturbed
+    kills, steps, expected, settings = 5, STEPS, undisturbed, {}
     soak = request.config.getoption("kills")
     if soak is not None:
         kills, steps = soak, 12 * soak  # no kill takes it further than that
-        expected = new_run(tiny_data, tmp_path / "undisturbed", steps)
+    if kind == "sft":
+        kills = soak or 2
+        settings = {
+            **sft_settings(tiny_data),
+            "optimizer__learning_rate": [{"until_tokens": steps * 4 * 64, "end": 1e-3}],
+        }
+    if soak is not None or settings:
+        expected = new_run(tiny_data, tmp_path / "undisturbed", steps, **settings)
         assert Run(expected).end()[0] == 0
-    config = new_run(tiny_data, tmp_path / "killed", steps)
+    config = new_run(tiny_data, tmp_path / "killed", steps, **settings)
     found = kill_and_go_on(config, kills, seed=kills)
     assert_same_run(config, expected)
     if soak is not None:
-        path = ROOT / f"benchmarks/results/kills_{date.today().isoformat()}.md"
+        name = "kills" if kind == "pretrain" else f"kills_{kind}"
+        path = ROOT / f"benchmarks/results/{name}_{date.today().isoformat()}.md"
         path.write_text(report(found, steps), encoding="utf-8")
 
 

@@ -21,6 +21,7 @@ def progress(step: int) -> Progress:
 
 def train_record(**values: Any) -> str:
     record = {"kind": "train", "step": 100, "tokens": 1000, "loss": 2.5, "step_seconds": 0.1}
+    record |= {"step_seconds_median": 0.08, "step_seconds_p99": 0.2, "data_wait_seconds": 0.0005}
     rates = {"tokens_per_second": 100.0, "model_flops_per_second": 16 * 0.4 * 989.4e12}
     return json.dumps({**record, **rates, **values}) + "\n"
 
@@ -50,7 +51,9 @@ def test_mfu_time_left_and_the_life_of_a_run(tmp_path: Path) -> None:
     first = read_history(tmp_path)[1]["seconds"]
     assert first["queue"] == pytest.approx(40, abs=1) and first["imports"] == pytest.approx(20, abs=10)
     rows = dict(table(one))
-    assert rows["speed"] == "100 tokens/s, MFU 40.0%" and rows["processes"] == "16 on n1, n2"
+    assert rows["speed"] == "100 tokens/s, MFU 40.0%"
+    assert rows["steps"] == "median 0.080 s, p99 2.50× that, 0.5% waiting for data"
+    assert rows["processes"] == "16 on n1, n2"
 
     beat = json.loads((tmp_path / HEARTBEAT_FILE).read_text())
     states = {("training", 60): "training", ("training", 600): "silent", ("validating", 600): "validating"}

@@ -39,6 +39,7 @@ def test_an_unknown_key_names_the_nearest_one(good: Path) -> None:
         ("optimizer.learning_rate.0.untl_tokens=3", "did you mean 'until_tokens'?"),
         ("checkpoint.intervall_steps=3", "did you mean 'interval_steps'?"),
         ("logging.zzz=3", "known keys: interval_steps"),
+        ("micro_batch_size=3", "did you mean 'training.micro_batch_size'?"),
     ],
 )
 def test_unknown_keys_at_any_depth(good: Path, override: str, hint: str) -> None:
@@ -57,12 +58,13 @@ def test_unknown_keys_at_any_depth(good: Path, override: str, hint: str) -> None
         ("optimizer.betas=[0.9, 1.0]", "less than 1"),
         ("optimizer.learning_rate=[]", "at least 1 item"),
         ("training.precision=fp16", "'bf16' or 'fp32'"),
-        ("data.corpora={a: 1}", "valid list (got a section)"),
+        ("data.corpora={a: 1}", "has to be a valid list of sections with the keys path, "),
+        ("optimizer.betas=3", "has to be a valid"),
         ("model=[1, 2]", "got a list"),
         ("model=", "got None"),
         ("objective.epsilon=0", "greater than 0"),
         ("objective.random_length_probability=1.1", "less than or equal to 1"),
-        ("parallel.zero_stage=4", "Input should be"),
+        ("parallel.zero_stage=4", "has to be"),
         ("seed=-1", "greater than or equal to 0"),
     ],
 )

@@ -61,6 +61,14 @@ def test_ids_are_those_of_transformers(folder: Path, tmp_path: Path, template: s
     assert ours.prompt(DIALOGUE[:4]) == theirs(messages[:4], True)
 
 
+def test_plain_texts_stand_on_lines_of_their_own(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    (turn,) = ChatTemplate("plain", tokenizer).turns(
+        [Message("system", "in"), Message("user", "the"), Message("assistant", "of")]
+    )
+    assert [tokenizer.decode(ids) for ids in turn] == ["in\nthe\n", "of"]
+
+
 @given(content=st.text(max_size=30) | st.sampled_from(["<|eot_id|>", "a<|mdm_mask|>b", "<|endoftext|><|eot_id|>"]))
 def test_no_message_can_write_a_special_token(tiny_data: Path, content: str) -> None:
     tokenizer = Tokenizer.load(tiny_data / "tokenizer")

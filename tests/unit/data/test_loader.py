@@ -21,7 +21,7 @@ from llada_train.data.loader import TrainingLoader, collate, validation
 from llada_train.data.place import Place
 from llada_train.data.rows import PretrainingData
 from llada_train.data.timeline import Timeline
-from llada_train.data.training_data import Row
+from llada_train.data.training_data import Row, Sample
 from llada_train.objective.forward_process import training_noise
 
 N, S, MASK_ID, PADDING_ID = 16, 32, 98, 99
@@ -29,9 +29,13 @@ LAYOUTS = [(dp, micro) for dp in (1, 2, 4) for micro in (1, 2, 4)]
 
 
 def row(length: int, masked: list[int], **values: Any) -> Row:
-    """Tokens 10, 11, …, masked at the given positions."""
+    """One sample of tokens 10, 11, …, masked at the given positions."""
+    return (sample(length, masked, **values),)
+
+
+def sample(length: int, masked: list[int], **values: Any) -> Sample:
     mask = np.isin(np.arange(length), masked)
-    return Row(
+    return Sample(
         **{
             "sample_index": 0,
             "mask_probability": 0.5,
@@ -119,15 +123,31 @@ def test_full_rows_need_no_segments() -> None:
 
 @st.composite
 def rows_and_slices(draw: st.DrawFn) -> tuple[list[Row], int]:
-    """Rows of 24 columns, some cut, masked anywhere, of different weights and documents; the number of slices."""
+    """Rows of 24 columns and the number of slices.
+
+    Some are not filled, or hold several samples, masked anywhere, of different weights and documents.
+    """
     lengths = st.sampled_from([24, 24, *range(1, 24)])
-    rows = []
-    for b, length in enumerate(draw(st.lists(lengths, min_size=1, max_size=4))):
-        masked = draw(st.lists(st.integers(0, length - 1), unique=True))
-        borders = sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=3))})
-        values = {"sample_index": 40 + b, "loss_weight": 2.0**-b, "mask_probability": 2.0 ** -(b + 1)}
-        rows.append(row(length, masked, document_lengths=tuple(np.diff(borders).tolist()), **values))
+    rows: list[Row] = []
+    for length in draw(st.lists(lengths, min_size=1, max_size=4)):
+        samples: Row = ()
+        for of_sample in np.diff(sorted({0, length, *draw(st.lists(st.integers(0, length), max_size=2))})).tolist():
+            masked = draw(st.lists(st.integers(0, of_sample - 1), unique=True))
+            borders = sorted({0, of_sample, *draw(st.lists(st.integers(0, of_sample), max_size=3))})
+            e = sum(map(len, rows)) + len(samples)
+            values = {"sample_index": 40 + e, "loss_weight": 2.0**-e, "mask_probability": 2.0 ** -(e + 1)}
+            documents = tuple(np.diff(borders).tolist())
+            samples += (sample(of_sample, masked, document_lengths=documents, **values),)
+        rows.append(samples)
     return rows, draw(st.sampled_from([1, 2, 3, 4, 6, 24]))
+
+
+def length_of(part: Sample) -> int:
+    return len(part.tokens)
+
+
+def documents_of(one: Row) -> list[int]:
+    return list(chain.from_iterable(part.document_lengths for part in one))
 
 
 def slices_of(rows: list[Row], sequence_length: int, count: int) -> list[Batch]:
@@ -155,21 +175,27 @@ def test_slices_of_the_columns_put_together_are_the_batch(drawn: tuple[list[Row]
     ids, positions = (
         torch.cat([getattr(batch, name) for batch in slices], dim=1) for name in ("input_ids", "position_ids")
     )
-    pieces = [[*one.document_lengths, 24 - len(one.tokens)] for one in rows]
+    pieces = [[*documents_of(one), 24 - sum(documents_of(one))] for one in rows]
     assert positions.tolist() == [list(chain(*map(range, lengths))) for lengths in pieces]
     for one, found in zip(rows, ids.tolist(), strict=True):
-        noised = [MASK_ID if masked else token for token, masked in zip(one.tokens, one.mask, strict=True)]
+        tokens = chain.from_iterable(zip(part.tokens, part.mask, strict=True) for part in one)
+        noised = [MASK_ID if masked else token for token, masked in tokens]
         assert found == noised + [PADDING_ID] * (24 - len(noised))
     assert masked_tokens(slices) == [
-        (b, column, one.tokens[column], one.loss_weight)
+        (b, first + place, part.tokens[place], part.loss_weight)
         for b, one in enumerate(rows)
-        for column in np.flatnonzero(one.mask)
+        for first, part in zip(accumulate(map(length_of, one), initial=0), one, strict=False)
+        for place in np.flatnonzero(part.mask)
     ]
     for batch in slices:
         assert batch.input_ids.shape == (len(rows), 24 // count)
-        assert batch.sample_index.tolist() == [one.sample_index for one in rows]
-        assert batch.t.tolist() == [one.mask_probability for one in rows]
-        assert all(x.shape == (256,) for x in (batch.masked_positions, batch.targets, batch.loss_weight))
+        assert batch.sample_index.tolist() == [part.sample_index for one in rows for part in one]
+        assert batch.t.tolist() == [part.mask_probability for one in rows for part in one]
+        # Each sample has a weight of its own.
+        real = batch.loss_weight > 0
+        assert torch.equal(batch.loss_weight[real], 2.0 ** -batch.masked_samples[real].float())
+        of_masked = (batch.masked_positions, batch.targets, batch.loss_weight, batch.masked_samples)
+        assert all(x.shape == (256,) for x in of_masked)
 
 
 def segment(cu_seqlens: torch.Tensor, token: int) -> int:
@@ -187,7 +213,7 @@ def test_a_token_asks_in_the_segment_where_its_row_is(drawn: tuple[list[Row], in
     members: dict[int, set[tuple[int, int]]] = {}
     for rank, batch in enumerate(slices_of(rows, 24, count)):
         if batch.segments is None:
-            assert all(one.document_lengths == (24,) for one in rows)
+            assert all(documents_of(one) == [24] for one in rows)
             continue
         cu_q, cu_kv = batch.segments.cu_seqlens_q, batch.segments.cu_seqlens_kv
         assert batch.segments.lengths == tuple(zip(cu_q.diff().tolist(), cu_kv.diff().tolist(), strict=True))
@@ -196,12 +222,13 @@ def test_a_token_asks_in_the_segment_where_its_row_is(drawn: tuple[list[Row], in
             b, column = token // S, rank * S + token % S
             number = segment(cu_q, token)
             assert number == segment(cu_kv, b * 24 + column)
-            document = bisect_right(list(accumulate(rows[b].document_lengths)), column)
+            document = bisect_right(list(accumulate(documents_of(rows[b]))), column)
             members.setdefault(number, set()).add((b, document))
     assert all(len(of) == 1 for of in members.values())
     if members:
         every = [of for found in members.values() for of in found]
-        assert len(set(every)) == len(every) == sum(len(one.document_lengths) + (len(one.tokens) < 24) for one in rows)
+        assert len(set(every)) == len(every)
+        assert len(every) == sum(len(documents_of(one)) + (sum(documents_of(one)) < 24) for one in rows)
 
 
 @pytest.mark.parametrize(("masked", "padded"), [(0, 256), (1, 256), (256, 256), (257, 512)])
@@ -274,7 +301,7 @@ def test_context_parallel_ranks_read_the_columns_of_the_same_rows(config_of: Cal
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
-def test_the_samples_of_a_rank_are_those_of_its_batches(config_of: Callable[..., Config], dp: int) -> None:
+def test_a_rank_reads_its_rows_of_the_global_batch(config_of: Callable[..., Config], dp: int) -> None:
     config = config_of()
     data = PretrainingData(config)
     read: list[int] = []
@@ -282,7 +309,8 @@ def test_the_samples_of_a_rank_are_those_of_its_batches(config_of: Callable[...,
         for cp_rank in range(2):
             loader = TrainingLoader(data, config, Place(rank, dp, cp_rank, 2))
             samples = torch.cat([batch.sample_index for batch in loader.global_batch(3 * N)]).tolist()
-            assert list(loader.samples(3 * N)) == samples
+            own, missing = Place(rank, dp, cp_rank, 2).rows(N, config)
+            assert (missing, [3 * N + row for row in own]) == (0, samples)
         read += samples
     assert read == list(range(3 * N, 4 * N))
 

@@ -161,6 +161,7 @@ def mixtures(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[float]]]]
 
 
 @given(mixtures(), SEEDS)
+@settings(max_examples=30)
 def test_each_corpus_goes_on_where_it_was_when_the_weights_change(
     drawn: tuple[list[int], list[tuple[int, list[float]]]], seed: int
 ) -> None:
@@ -179,6 +180,7 @@ def test_each_corpus_goes_on_where_it_was_when_the_weights_change(
 
 
 @given(mixtures(), SEEDS)
+@settings(max_examples=30)
 def test_a_corpus_added_at_the_end_changes_nothing_before_it_is_read(
     drawn: tuple[list[int], list[tuple[int, list[float]]]], seed: int
 ) -> None:

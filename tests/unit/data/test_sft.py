@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import sft_settings, write_config
 
 from data_tools.trace import find, open_run, trace
@@ -202,6 +204,14 @@ def test_what_is_too_long_is_cut_as_told_and_counted(make: Make, tmp_path: Path)
     assert len(found) == 25 and found[-1].endswith(f" and{ASKED}⟦to<|eot_id|><|endoftext|>⟧")
     data, found = build("drop")
     assert "2 too long and left out" in data.description[0] and len(found) == 24
+    for how, number, remedy in [
+        ("drop", 24, "all are longer; .*truncate_response"),
+        ("truncate_response", 25, "the prompts alone fill it; .*truncate_prompt"),
+        ("truncate_prompt", 24, "the responses alone fill it; .*truncate_response"),
+    ]:
+        path = lines(tmp_path / "long.jsonl", [records[number]] * 4)
+        with pytest.raises(UserError, match=f"none of its examples fits into data.sequence_length 64: {remedy}"):
+            make(path, sft={"too_long": how, "cache": str(tmp_path / "cache")})
 
 
 def test_prompts_are_never_noised_and_the_padding_of_a_group_is_learnt(make: Make, tmp_path: Path) -> None:
@@ -210,7 +220,7 @@ def test_prompts_are_never_noised_and_the_padding_of_a_group_is_learnt(make: Mak
     masked: dict[bool, int] = {False: 0, True: 0}
     for first in range(0, 20 * size, size):
         samples = range(first, first + size)
-        rows, examples = data.rows(first, samples), data.examples(samples)
+        rows, examples = data.samples(first, samples), data.examples(samples)
         for i, (row, example) in enumerate(zip(rows, examples, strict=True)):
             group = examples[i // 4 * 4 : i // 4 * 4 + 4]
             assert len(row.tokens) == max(one.length for one in group)
@@ -224,25 +234,75 @@ def test_prompts_are_never_noised_and_the_padding_of_a_group_is_learnt(make: Mak
     assert masked[True] > 0 < masked[False]
 
 
+@pytest.mark.parametrize("rows", ["padded", "packed"])
 @pytest.mark.parametrize("ranks", [2, 8])
-def test_the_batch_is_the_same_for_any_ranks_and_micro_batches(make: Make, tmp_path: Path, ranks: int) -> None:
-    """Weights and targets of each sample; only how far rows are filled up is the layout's."""
+def test_the_batch_is_the_same_for_any_ranks_and_micro_batches(
+    make: Make, tmp_path: Path, ranks: int, rows: str
+) -> None:
+    """Tokens, targets and weights of each sample, wherever it lies; only what rows are filled up with is the layout's.
 
-    def of(size: int, ranks: int) -> dict[int, tuple[Any, ...]]:
-        data = make(path, training__micro_batch_size=size)
-        found = {}
+    Packed ones are those of padded rows.
+    """
+
+    def of(size: int, ranks: int, rows: str) -> dict[int, tuple[Any, ...]]:
+        sft = {"rows": rows, "cache": str(tmp_path / "cache")}
+        data = make(path, training__micro_batch_size=size, sft=sft, **wide)
+        found: dict[int, tuple[Any, ...]] = {}
+        micro_batches = set()
         for rank in range(ranks):
-            loader = TrainingLoader(data, data.config, Place(rank, ranks))
-            for batch in loader.global_batch(16):
-                S = batch.input_ids.shape[1]
-                for b, sample in enumerate(batch.sample_index.tolist()):
-                    here = (batch.masked_positions // S == b) & (batch.loss_weight > 0)
-                    places = (batch.masked_positions[here] % S, batch.targets[here], batch.loss_weight[here])
-                    found[sample] = tuple(tuple(part.tolist()) for part in places)
+            batches = TrainingLoader(data, data.config, Place(rank, ranks)).global_batch(16)
+            micro_batches.add(len(batches))
+            for batch in batches:
+                ids, positions, S = batch.input_ids.flatten(), batch.position_ids.flatten(), batch.input_ids.shape[1]
+                assert len(batch.input_ids) == size
+                assert (rows == "packed") or len(batch.t) == size
+                borders = batch.segments.cu_seqlens_q if batch.segments else torch.arange(0, size * S + 1, S)
+                for e, (sample, t) in enumerate(zip(batch.sample_index.tolist(), batch.t.tolist(), strict=True)):
+                    here = (batch.masked_samples == e) & (batch.loss_weight > 0)
+                    places = batch.masked_positions[here]
+                    assert sample >= 0 or not here.any()
+                    if not here.any():
+                        continue
+                    (segment,) = torch.searchsorted(borders, places, right=True).unique().tolist()
+                    whole = slice(int(borders[segment - 1]), int(borders[segment]))
+                    assert positions[whole].tolist() == list(range(whole.stop - whole.start))
+                    told = (ids[whole], positions[places], batch.targets[here], batch.loss_weight[here])
+                    assert sample not in found
+                    found[sample] = (t, *(tuple(part.tolist()) for part in told))
+        assert len(micro_batches) == 1
         return found
 
     path = lines(tmp_path / "set.jsonl", PAIRS)
-    assert of(2, ranks) == of(16, 1) and sorted(of(16, 1)) == list(range(16, 32))
+    wide = {"model__max_sequence_length": 128, "data__sequence_length": 128}
+    expected = of(16, 1, "padded")
+    assert of(2, ranks, rows) == expected and set(expected) <= set(range(16, 32)) and len(expected) > 10
+
+
+def test_packed_samples_fit_with_the_padding_that_they_learn(make: Make, tmp_path: Path) -> None:
+    sft = {"rows": "packed", "eos_pad_group": 4, "cache": str(tmp_path / "cache")}
+    data = make(lines(tmp_path / "set.jsonl", PAIRS), sft=sft)
+    for first in range(0, 160, 16):
+        lengths = [len(sample.tokens) for sample in data.samples(first, range(first, first + 16))]
+        filled = [sum(lengths[g - first] for g in row) for row in data.packing(first)]
+        assert max(filled) <= 64 and sum(filled) == sum(lengths)
+
+
+def test_packed_rows_are_few_and_told(make: Make, tmp_path: Path) -> None:
+    """More ranks than rows are left with rows that only fill up; what the user is told is what the loader does."""
+    wide = {"model__max_sequence_length": 256, "data__sequence_length": 256}
+    sft = {"rows": "packed", "cache": str(tmp_path / "cache")}
+    data = make(lines(tmp_path / "set.jsonl", PAIRS), training__micro_batch_size=1, sft=sft, **wide)
+    lengths = [len(sample.tokens) for sample in data.samples(0, range(16))]
+    rows = -(-sum(lengths) // 256)
+    assert 1 < rows < 8
+    told = f"packed: the first 16 examples share {rows} rows of 256 tokens, {sum(lengths) / (rows * 256):.0%} of which"
+    assert told in data.description[-1]
+    ranks = [TrainingLoader(data, data.config, Place(rank, 8)).global_batch(0) for rank in range(8)]
+    assert [len(batches) for batches in ranks] == [1] * 8
+    found = [batch.sample_index.tolist() for (batch,) in ranks]
+    assert [sorted(part) for part in found[rows:]] == [[-1]] * (8 - rows)
+    assert sorted(chain.from_iterable(found[:rows])) == list(range(16))
+    assert all(float(batch.loss_weight.sum()) == 0 for (batch,) in ranks[rows:])
 
 
 def test_each_example_comes_once_in_an_epoch_and_held_out_ones_never(make: Make, tmp_path: Path) -> None:
@@ -309,13 +369,19 @@ def test_sets_are_mixed_by_weight(tiny_data: Path, tmp_path: Path) -> None:
     assert counts.tolist() == [30, 10]
 
 
-def test_a_step_can_be_looked_at(tiny_data: Path, tmp_path: Path) -> None:
-    config = write_config(tiny_data, tmp_path, **sft_settings(tiny_data))
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_a_step_can_be_looked_at(tiny_data: Path, tmp_path: Path, rows: str) -> None:
+    config = write_config(tiny_data, tmp_path, **{**sft_settings(tiny_data), "sft__rows": rows})
     settings, data = open_run(config)
     assert isinstance(data, SftData)
     found = list(trace(settings, data, 3))
-    assert [row.sample for row in found] == list(range(32, 48))
-    assert [row.masked for row in found] == [int(row.mask.sum()) for row in data.rows(32, range(32, 48))]
+    packing = {g: row for row, samples in enumerate(data.packing(32)) for g in samples}
+    assert {row.sample: row.row for row in found} == packing and sorted(packing) == list(range(32, 48))
+    assert (len(set(packing.values())) == 16) == (rows == "padded")
+    numbers = [row.sample for row in found]
+    assert [row.masked for row in found] == [int(sample.mask.sum()) for sample in data.samples(32, numbers)]
+    of_ranks = [list(trace(settings, data, 3, Place(rank, 8))) for rank in range(8)]
+    assert list(chain.from_iterable(of_ranks)) == found and ([] in of_ranks) == (rows == "packed")
     lines = (tiny_data / "pairs.jsonl").read_text().splitlines()
     for row in found:
         pair = json.loads(lines[row.documents[0].number])

@@ -91,7 +91,7 @@ def test_no_document_leaves_no_corpus(tokenizer: Path, tmp_path: Path, llada_dat
     output = tmp_path / "corpus"
     code, out, err = llada_data("tokenize", empty, "--tokenizer", tokenizer, "--output", output, "--workers", workers)
     assert (code, out) == (2, "")
-    assert err.endswith("error: empty text: no document in 1 files; empty: 1\n")
+    assert err.endswith("error: empty text: no document in what was given (files: 1); empty: 1\n")
     assert not list(tmp_path.glob("corpus*"))
 
 

@@ -52,7 +52,7 @@ def test_a_traced_step_is_what_the_loader_reads(run: Callable[..., Any], rank: i
         assert [row.t for row in rows] == pytest.approx([t for batch in batches for t in batch.t.tolist()])
         masked = sum(int((batch.loss_weight > 0).sum()) for batch in batches)
         assert sum(row.masked for row in rows) == masked > 0
-        for row, clean in zip(rows, data.training_rows(loader.samples(data.timeline.first_sample(step))), strict=True):
+        for row, clean in zip(rows, data.training_rows([row.sample for row in rows]), strict=True):
             assert row.text == data.tokenizer.decode(clean[: row.length].tolist(), keep_special=True)
             corpus = data.corpora[data.names.index(row.corpus)]
             parts = [
@@ -120,7 +120,7 @@ def test_the_command(
 
     config, data = run()
     code, out, _ = trace_command("--step", "2")
-    assert code == 0 and "step 2: 16 of 16 rows of 32 tokens, from 512 nominal tokens on" in out
+    assert code == 0 and "step 2: 16 of 16 samples of at most 32 tokens, from 512 nominal tokens on" in out
     code, out, _ = trace_command("--step", "2", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["sample"] for row in rows] == list(range(16, 32))

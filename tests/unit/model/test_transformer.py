@@ -3,8 +3,10 @@
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from llada_train.config.schema import Config, ParallelConfig
 from llada_train.convert.llada import LLADA
 from llada_train.convert.plain import part_of, plain_model
 from llada_train.data.batch import Batch, Segments
+from llada_train.data.loader import collate
+from llada_train.data.training_data import Sample
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import InitialWeights, shards
@@ -91,6 +95,7 @@ def all_logits_batch(vocab: int, segments: Segments | None = None) -> Batch:
         masked_positions=pairs[:, 0].contiguous(),
         targets=pairs[:, 1].contiguous(),
         loss_weight=torch.rand(len(pairs), generator=generator),
+        masked_samples=pairs[:, 0] // S,
         sample_index=torch.arange(B),
         t=torch.ones(B),
     )
@@ -149,6 +154,33 @@ def test_a_cut_row_is_the_plain_models_shorter_row(models: tuple[Config, LLaDATr
     found = ours(batch).detach()[1].view(B, S, -1)
     torch.testing.assert_close(found[0, :7], plain(batch.input_ids[:1, :7]).logits.detach()[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], plain(batch.input_ids[1:]).logits.detach()[0], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_a_row_do_not_see_each_other(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:
+    """To the bit; and each is what the plain model makes of it alone."""
+    config, ours, plain = models
+    generator = np.random.default_rng(0)
+
+    def sample(length: int) -> Sample:
+        tokens = generator.integers(0, 120, length)
+        return Sample(0, tokens, np.zeros(length, bool), 1.0, 1.0, (length,))
+
+    rows = [(sample(5), sample(4), sample(3)), (sample(7), sample(2))]
+    packed = collate(rows, S, mask_id=0, padding_id=0)
+    places = [(0, 0, 5), (0, 5, 9), (0, 9, 12), (1, 0, 7), (1, 7, 9)]
+    every = all_logits_batch(config.model.padded_vocab_size)
+    batch = replace(every, input_ids=packed.input_ids, position_ids=packed.position_ids, segments=packed.segments)
+    before = ours(batch).detach()[1].view(B, S, -1)
+    for changed in places:
+        row, first, stop = changed
+        alone = plain(batch.input_ids[row : row + 1, first:stop]).logits.detach()[0]
+        torch.testing.assert_close(before[row, first:stop], alone, rtol=1e-5, atol=1e-5)
+        other = batch.input_ids.clone()
+        other[row, first:stop] = (other[row, first:stop] + 1) % config.model.vocab_size
+        after = ours(replace(batch, input_ids=other)).detach()[1].view(B, S, -1)
+        for row, first, stop in places:
+            same = torch.equal(after[row, first:stop], before[row, first:stop])
+            assert same == ((row, first, stop) != changed)
 
 
 def test_positions_come_from_the_batch(models: tuple[Config, LLaDATransformer, LLaDAModelLM]) -> None:

@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -23,11 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.config.schema import Config
-from llada_train.data.loader import TrainingLoader, collate
+from llada_train.data.loader import collate
 from llada_train.data.place import Place, place_of
-from llada_train.data.rows import PretrainingData
-from llada_train.data.timeline import Timeline
-from llada_train.data.training_data import Row
+from llada_train.data.training_data import Sample
 from llada_train.model.sizes import parameter_count, tensor_specs
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.model.weights import Shard, shards
@@ -72,8 +69,7 @@ def process(config: Config, rank: int, world_size: int = WORLD_SIZE) -> Process:
                 ),
             )
         pipeline = parallel_state.get_pipeline_model_parallel_rank()
-        untold = cast(PretrainingData, SimpleNamespace(timeline=Timeline(config)))  # which samples: asks for no tokens
-        loader = TrainingLoader(untold, config, place)
+        rows, _ = place.rows(config.training.global_batch_size, config)
         return Process(
             tensor=parallel_state.get_tensor_model_parallel_rank(),
             pipeline=pipeline,
@@ -85,7 +81,7 @@ def process(config: Config, rank: int, world_size: int = WORLD_SIZE) -> Process:
                 ]
                 for chunk, stage in enumerate(model.stages)
             },
-            samples=loader.samples(FIRST_SAMPLE),
+            samples=range(FIRST_SAMPLE + rows.start, FIRST_SAMPLE + rows.stop),
         )
     finally:
         topology.shutdown()
@@ -230,10 +226,10 @@ def test_context_parallel_peers_of_1024_share_rows_and_split_columns(
     assert_reads_the_batch_once(interleaved, blocks)
     assert context_copies[0][0].samples == blocks[17]
     length = interleaved.data.sequence_length
-    row = Row(
+    sample = Sample(
         0, np.arange(length), np.zeros(length, bool), mask_probability=0.5, loss_weight=0.0, document_lengths=(length,)
     )
-    halves = [collate([row], length, mask_id=-1, padding_id=-1, place=copy[0].place) for copy in context_copies]
+    halves = [collate([(sample,)], length, mask_id=-1, padding_id=-1, place=copy[0].place) for copy in context_copies]
     assert torch.cat([half.input_ids for half in halves], dim=1).tolist() == [list(range(length))]
     assert torch.cat([half.position_ids for half in halves], dim=1).tolist() == [list(range(length))]
 

@@ -149,7 +149,7 @@ time.sleep(60)
 
 def test_a_worker_whose_launcher_is_gone_does_not_start(tmp_path: Path) -> None:
     touch = worker("import sys; from pathlib import Path; Path(sys.argv[1]).touch()", tmp_path / "started")
-    assert subprocess.run(touch, preexec_fn=lambda: launch._stop_with(os.getpid())).returncode == 1
+    assert subprocess.run(touch, preexec_fn=lambda: launch._die_with(os.getpid())).returncode == 1
     assert not (tmp_path / "started").exists()
 
 

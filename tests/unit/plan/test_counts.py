@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from llada_train.config.schema import Config, ModelConfig, ParallelConfig
 from llada_train.data.batch import Batch
-from llada_train.model import head, norm
+from llada_train.model import head, kernels
 from llada_train.model.sizes import parameter_count
 from llada_train.model.transformer import LLaDATransformer, transformer_config
 from llada_train.parallel import topology
@@ -89,6 +89,7 @@ def all_masked(config: Config, share: int = 1) -> Batch:
         masked_positions=masked,
         targets=torch.zeros(len(masked), dtype=torch.long),
         loss_weight=torch.ones(len(masked)),
+        masked_samples=masked // S,
         sample_index=torch.arange(B),
         t=torch.ones(B),
     )
@@ -138,7 +139,7 @@ def test_a_forward_pass_keeps_what_is_planned(
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_layers_of_an_8b_keep_what_is_planned(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At their real size, without its memory; norms keep what CUDA's kernel does."""
-    monkeypatch.setattr(norm.F, "rms_norm", fused_rms_norm)
+    monkeypatch.setattr(kernels.F, "rms_norm", fused_rms_norm)
     with FakeTensorMode():
         kept, planned = kept_and_planned(config_with(LLADA_8B_SHAPED, 2, 4096, recompute), fused_norm=True)
     assert kept == pytest.approx(planned, rel=1e-4)

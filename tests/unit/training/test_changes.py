@@ -48,6 +48,7 @@ def compare(make_config: Callable[..., Path]) -> Callable[..., ConfigChanges]:
             "schedule": [*SCHEDULE, {"from_tokens": 5000, "weights": {"c": 1}}],
         },
         {"optimizer__learning_rate": [{"until_tokens": 9000, "end": 1e-4}], "training__micro_batch_size": 4},
+        {"training__kernels": "compile", "training__recompute": "full"},
         {"data__block_length": 32},
         {"data__corpora": [CORPORA[0], {**CORPORA[1], "path": "elsewhere/b"}]},
     ],
@@ -140,7 +141,7 @@ def test_what_can_never_change(compare: Callable[..., ConfigChanges], settings: 
     [
         ({"sft__too_long": "drop"}, ["sft.too_long: truncate_response → drop"]),
         ({"data__sequence_length": 48}, ["data.sequence_length: 64 → 48"]),
-        ({"sft__cache": "elsewhere", "training__micro_batch_size": 4}, []),
+        ({"sft__cache": "elsewhere", "sft__rows": "packed", "training__micro_batch_size": 4}, []),
     ],
 )
 def test_which_dialogues_an_sft_run_reads_is_fixed(

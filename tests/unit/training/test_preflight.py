@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import copy_corpus, record_checkpoint
+from conftest import copy_corpus, record_checkpoint, sft_settings, write_config
 from hf_folders import MODELS, exported_folder
 
+from llada_train.commands.train import sft
 from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.convert.from_hf import from_hf
@@ -21,7 +22,7 @@ from llada_train.training.preflight import check_corpora, check_phases, open_inp
 
 
 def check(config: Path, *overrides: str) -> None:
-    inputs = open_inputs(config, overrides, 1)
+    inputs = open_inputs(load_config(config, overrides, 1))
     check_corpora(inputs.run, inputs.data)
 
 
@@ -47,7 +48,7 @@ def test_a_run_goes_on_with_the_corpora_that_it_began_with(
     corpus = Corpus(moved)
     documents = [corpus.document(i).copy() for i in range(300)]
     cases = [
-        (documents[:-1], r"300 documents with [\d,]+ tokens then, 299 with [\d,]+ now"),
+        (documents[:-1], r"300 documents with [\d,]+ tokens then, 299 documents with [\d,]+ tokens now"),
         ([documents[1], documents[0], *documents[2:]], "as large as before, but with other tokens"),
     ]
     for others, differs in cases:
@@ -65,15 +66,49 @@ def test_imported_weights_have_to_fit_model_and_tokenizer(
     from_hf(exported_folder(tmp_path, tiny_data / "tokenizer"), tmp_path / "base")
     sizes = {f"model__{key}": value for key, value in MODELS[1].model_dump().items()}
     path = make_config(**sizes, init_from=str(tmp_path / "base"))
-    check_initial_weights(open_inputs(path, [], 1))
+    check_initial_weights(load_config(path))
     names = tmp_path / "base" / "tokenizer" / "tokenizer_config.json"
     names.write_text(json.dumps(json.loads(names.read_text()) | {"mask_token": "<|eot_id|>"}))
-    inputs = open_inputs(path, ["model.ffn_hidden_size=64"], 1)
+    other = load_config(path, ["model.ffn_hidden_size=64"])
     with pytest.raises(UserError) as caught:
-        check_initial_weights(inputs)
+        check_initial_weights(other)
     assert "model.ffn_hidden_size: 48 → 64\n  the tokenizer's mask id: 5 → 2" in str(caught.value)
+    record_checkpoint(other, PretrainingData(other), steps=2)
+    check_initial_weights(other)
+
+
+def test_a_refused_sft_run_leaves_the_folder_as_it_was(tiny_data: Path, tmp_path: Path) -> None:
+    """Tokenized data sets are kept where they were before; what does not hang on them is found at fault before."""
+    path, run = write_config(tiny_data, tmp_path, **sft_settings(tiny_data)), tmp_path / "run"
+    pairs = f"{{path: {tiny_data}/pairs.jsonl, validation_documents: 200}}"
+    refused = [
+        ([f"data.corpora=[{pairs}]"], "validation_documents 200 leaves nothing to train on"),
+        (["optimizer.learning_rate=[{until_steps: 9, end: 1}, {until_epochs: 0.1, end: 1}]"], "ends after 2 steps"),
+        ([f"init_from={tmp_path}/nowhere"], "nowhere"),
+    ]
+    for overrides, told in refused:
+        with pytest.raises(UserError, match=told):
+            sft(path, overrides, processes=1)
+        assert not run.exists()
+    open_inputs(load_config(path))
+    made = sorted(run.rglob("*"))
+    for overrides, told in refused:
+        with pytest.raises(UserError, match=told):
+            sft(path, overrides, processes=1)
+        assert sorted(run.rglob("*")) == made != []
+
+
+def test_responses_are_counted_where_a_data_set_is_another(tiny_data: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_bytes((tiny_data / "pairs.jsonl").read_bytes())
+    corpora = [{"path": str(pairs), "validation_documents": 20}]
+    path = write_config(tiny_data, tmp_path, **{**sft_settings(tiny_data), "data__corpora": corpora})
+    inputs = open_inputs(load_config(path))
     record_checkpoint(inputs.config, inputs.data, steps=2)
-    check_initial_weights(open_inputs(path, ["model.ffn_hidden_size=64"], 1))
+    check(path)
+    pairs.write_text(pairs.read_text().partition("\n")[2])
+    with pytest.raises(UserError, match=r"200 responses with [\d,]+ tokens then, 199 responses with [\d,]+ tokens now"):
+        check(path)
 
 
 def test_a_batch_size_still_in_force_has_to_fit_the_processes(make_config: Callable[..., Path]) -> None:
