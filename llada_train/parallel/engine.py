@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
+from llada_train.model.kernels import kernels
 from llada_train.model.transformer import Stage
 from llada_train.model.weights import Shard
 from llada_train.parallel.gate import Accepts, Gate
