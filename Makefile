@@ -43,7 +43,7 @@ bench: $(INSTALLED) ## Engine and head against plain ones, layouts against arith
 	$(BIN)/python benchmarks/cleaning.py
 
 clean: ## Remove what the commands above made, .venv and runs/demo included
-	rm -rf $(VENV) runs/demo runs/demo_sft build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs/demo runs/demo_sft runs/demo_reversal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that nothing that asks for "some torch" brings another one. DeepSpeed arrives as source;

@@ -114,7 +114,8 @@ def test_killed_at_random_moments_it_is_the_undisturbed_run(
     found = kill_and_go_on(config, kills, seed=kills)
     assert_same_run(config, expected)
     if soak is not None:
-        path = ROOT / f"benchmarks/results/kills_{kind}_{date.today().isoformat()}.md"
+        name = "kills" if kind == "pretrain" else f"kills_{kind}"
+        path = ROOT / f"benchmarks/results/{name}_{date.today().isoformat()}.md"
         path.write_text(report(found, steps), encoding="utf-8")
 
 

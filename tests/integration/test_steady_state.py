@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from llada_train.config.load import load_config
 from llada_train.parallel import topology
 from llada_train.training.journal import StartTimes
 from llada_train.training.metrics import MetricsLog, read_metrics
@@ -61,7 +62,7 @@ def test_a_thousand_steps_take_no_more_memory(
         topology.quiet_engines()
         from llada_train.training.pretrain import pretrain
 
-        inputs = open_inputs(config, [], 1)
+        inputs = open_inputs(load_config(config, [], 1))
         assert pretrain(inputs, hears_no_signal, watchdog, StartTimes({})) == 0
     assert list(at) == list(range(100, STEPS + 1, 100))
     grown = {step: size - at[SETTLED] for step, size in at.items() if step > SETTLED}
