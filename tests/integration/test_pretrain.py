@@ -71,7 +71,8 @@ def test_two_processes_without_a_compiler_log_each_step_once(finished: tuple[Pat
     expected = [("train", step) for step in range(1, STEPS + 1)]
     assert [record for record in records if record[0] == "train"] == expected
     assert [record for record in records if record[0] == "validation"] == [("validation", 5), ("validation", 10)]
-    plan, *lines = output.splitlines()
+    plan, *lines, end = output.splitlines()
+    assert end == f"complete at step {STEPS}; checkpoint {checkpoints(run / FOLDER)[-1]}"
     assert plan.startswith("corpus ") and plan.endswith("in the run: 100.00%, 0.372 epochs")
     assert len(lines) == len(records)  # one line each, and nothing else
 
@@ -86,7 +87,9 @@ def test_finished_run_has_nothing_to_go_on_with(finished: tuple[Path, str]) -> N
     config, _ = finished
     run = load_config(config).run_dir
     before = [read_metrics(run), checkpoints(run / FOLDER)]
-    assert start(config) == f"resuming from {before[1][-1]} at step {STEPS}\n"
+    newest = before[1][-1]
+    told = [f"resuming from {newest} at step {STEPS}", f"complete at step {STEPS}; checkpoint {newest}"]
+    assert start(config).splitlines() == told
     assert [read_metrics(run), checkpoints(run / FOLDER)] == before
 
 
