@@ -72,9 +72,9 @@ def test_two_processes_without_a_compiler_log_each_step_once(finished: tuple[Pat
     assert [record for record in records if record[0] == "train"] == expected
     assert [record for record in records if record[0] == "validation"] == [("validation", 5), ("validation", 10)]
     plan, *lines, end = output.splitlines()
+    assert end == f"complete at step {STEPS}; checkpoint {checkpoints(run / FOLDER)[-1]}"
     assert plan.startswith("corpus ") and plan.endswith("in the run: 100.00%, 0.372 epochs")
     assert len(lines) == len(records)  # one line each, and nothing else
-    assert end.startswith(f"complete at step {STEPS}; checkpoint ")
 
     assert load_config(run / "config.yaml") == load_config(config)
     assert (run / CURVES_FILE).read_bytes().startswith(b"\x89PNG")
@@ -88,7 +88,8 @@ def test_finished_run_has_nothing_to_go_on_with(finished: tuple[Path, str]) -> N
     run = load_config(config).run_dir
     before = [read_metrics(run), checkpoints(run / FOLDER)]
     newest = before[1][-1]
-    assert start(config) == f"resuming from {newest} at step {STEPS}\ncomplete at step {STEPS}; checkpoint {newest}\n"
+    told = [f"resuming from {newest} at step {STEPS}", f"complete at step {STEPS}; checkpoint {newest}"]
+    assert start(config).splitlines() == told
     assert [read_metrics(run), checkpoints(run / FOLDER)] == before
 
 
