@@ -45,5 +45,5 @@ def test_a_model_that_knows_nothing_gives_none_and_its_bound_is_that_of_a_die(da
     report = answers_report(every_position(lambda ids: torch.zeros(*ids.shape, 300)), data)
     assert report.exact_matches == 0
     assert report.bound == pytest.approx(math.log(300), rel=0.5)
-    masked = sum(row.loss_weight * row.mask.sum() for row in data.validation_batch(range(8)))
+    masked = sum(one.loss_weight * one.mask.sum() for one in data.validation_samples(range(8)))
     assert report.bound == pytest.approx(math.log(300) * masked)
