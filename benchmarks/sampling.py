@@ -25,10 +25,10 @@ from released_sampling import plain_loop
 from llada_train.convert.load import load_plain
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-from llada_train.sampling.denoiser import PlainDenoiser
+from llada_train.sampling.noise import position_seeds, uniforms
 from llada_train.sampling.options import Cache, SamplingOptions
+from llada_train.sampling.plain import PlainDenoiser
 from llada_train.sampling.sampler import generate
-from llada_train.sampling.schedule import step_seed
 
 LAYERS, WIDTH, PROMPT, LENGTH, BLOCK = 6, 256, 32, 64, 32
 REPEATS = 2
@@ -53,8 +53,8 @@ def random_model(vocab_size: int) -> LLaDAModelLM:
 def our_noise(logits: Tensor, step: int, open_: Tensor) -> Tensor:
     """The sampler's numbers, at the positions of the block."""
     uniform = torch.full(logits.shape, 0.5, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(step_seed(0, 0, step))
-    uniform[open_] = torch.rand(int(open_.sum()), logits.shape[-1], generator=generator, dtype=torch.float64)
+    columns = open_[0].nonzero()[:, 0]
+    uniform[0, columns] = uniforms(position_seeds(0, 0, step, columns - PROMPT), logits.shape[-1])
     return uniform
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
@@ -23,6 +24,11 @@ from llada_train.model.sizes import non_embedding_parameter_count
 from llada_train.model.transformer import layer_spec, transformer_config
 
 Layer = tuple[torch.nn.Module, Callable[[Tensor], Tensor]]
+
+
+def _megatron_config(config: Config, use_cpu: bool) -> TransformerConfig:
+    training = config.training
+    return transformer_config(config.model, config.parallel, training.precision, training.recompute, use_cpu)
 
 
 def layers(sizes: Sizes, ceiling: Ceilings) -> Section:
@@ -81,7 +87,7 @@ def _sides(config: Config, sizes: Sizes) -> Iterator[tuple[str, Callable[[int], 
 
 
 def _ours(config: Config, chosen: Any, B: int, sizes: Sizes) -> Layer:
-    layer = build_module(layer_spec(chosen), config=transformer_config(config, sizes.tiny), layer_number=1)
+    layer = build_module(layer_spec(chosen), config=_megatron_config(config, sizes.tiny), layer_number=1)
     positions = torch.arange(config.data.sequence_length, device=sizes.device).repeat(B, 1)
     cos, sin = rotary_tables(positions, config.model.head_dim, config.model.rope_theta)
     inputs = AttentionInputs(cos=cos, sin=sin, segments=None)
@@ -89,7 +95,7 @@ def _ours(config: Config, chosen: Any, B: int, sizes: Sizes) -> Layer:
 
 
 def _megatrons(get_spec: Callable[..., Any], config: Config, sizes: Sizes) -> Layer:
-    of_megatron = transformer_config(config, sizes.tiny)
+    of_megatron = _megatron_config(config, sizes.tiny)
     of_megatron.bias_activation_fusion = not sizes.tiny  # its own fusion is torch.compile's
     spec = get_spec(normalization="RMSNorm")
     spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.no_mask}

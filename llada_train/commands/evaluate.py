@@ -2,19 +2,21 @@
 
 import dataclasses
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llada_train.commands.console import counted_progress
-from llada_train.commands.inputs import check_length, json_lines, load_denoiser, load_model, write_whole
+from llada_train.commands.inputs import check_length, json_lines, write_whole
+from llada_train.commands.layout import PipelineParallel, Processes, TensorParallel, checked_layout, start_processes
 from llada_train.config.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llada_train.convert.load import Loaded
     from llada_train.evaluation.answers import AnswersReport
     from llada_train.evaluation.filling import Accuracy
     from llada_train.evaluation.report import HeldOutReport
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     source: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint or a Hugging Face folder.")
     ],
@@ -48,11 +51,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time; results do not depend on it.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the JSON to this file instead.")] = None,
+    processes: Processes = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
 ) -> None:
-    """Measure a model, on a GPU (bf16) if there is one: by default a run, by its bound on the held-out documents.
+    """Measure a model, on GPUs (bf16) if there are any: by default a run, by its bound on the held-out documents.
 
     That stands against unigram and bigram models of the same tokens. Of a fine-tuned run, the bound is that on the
-    held-out responses, and answers that are exact are counted. Under torchrun, tasks are shared by its processes.
+    held-out responses, and answers that are exact are counted. With --processes 8 eight copies of the model share the
+    rows; with --tensor-parallel 4, too, two copies of four parts each. Results do not depend on it.
 
     Example: llada-train evaluate runs/demo/hf --tasks hellaswag,piqa --set cfg=0.5
     """
@@ -66,23 +73,26 @@ def evaluate(
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: no folder {path.parent}; make it first")
     if tasks is not None or suite is not None:
-        found: Any = _tasks(
-            source, _suite(tasks, suite, shots, chat, setting or []), include, limit, run_code, batch_size
-        )
-        if os.environ.get("RANK", "0") != "0":
-            return
-        table = _task_table(found)
+        measure = _tasks(_suite(tasks, suite, shots, chat, setting or []), include, limit, run_code)
     elif text is not None:
-        found, table = _text(source, text, plot, batch_size)
+        measure = _text(source, text, plot)
     elif spans is not None:
-        found, table = _spans(source, spans, batch_size)
+        measure = _spans(source, spans)
     elif reversal is not None:
-        found, table = _reversal(source, reversal, batch_size)
+        measure = _reversal(source, reversal)
     else:
-        from llada_train.evaluation.answers import AnswersReport
+        measure = _held_out(source)
+    from llada_train.convert.load import describe
 
-        found = _held_out(source)
-        table = _answers_table(found) if isinstance(found, AnswersReport) else _held_out_table(found)
+    layout = checked_layout(describe(source)[0], processes, tensor_parallel, pipeline_parallel)
+    start_processes(context, processes)
+    from llada_train.convert.load import loaded
+
+    with loaded(source, layout) as model:
+        model.lead(lambda: _tell(*measure(model, batch_size * model.copies), as_json, output))
+
+
+def _tell(found: Any, table: "Table", as_json: bool, output: Path | None) -> None:
     plain = [dataclasses.asdict(one) for one in found] if isinstance(found, list) else dataclasses.asdict(found)
     content = json.dumps(plain, indent=2, ensure_ascii=False)
     if output is not None:
@@ -125,20 +135,26 @@ def _suite(tasks: str | None, path: Path | None, shots: int | None, chat: bool, 
         raise UserError(f"--set: {problems(error)}") from None
 
 
-def _tasks(
-    source: Path, suite: "Suite", include: Path | None, limit: int | None, run_code: bool, batch_size: int
-) -> "list[TaskResult]":
-    from llada_train.convert.load import describe
+Measure = Callable[["Loaded", int], tuple[Any, "Table"]]
+"""Gets a model and how many rows it takes at a time; gives what was found, as data and as a table."""
+
+
+def _tasks(suite: "Suite", include: Path | None, limit: int | None, run_code: bool) -> Measure:
     from llada_train.evaluation.tasks import check_tasks, run_tasks
 
     manager = check_tasks(suite, include)
-    describe(source)
-    from llada_train.evaluation.harness import HarnessModel
 
-    model = HarnessModel(str(source), batch_size)
-    with counted_progress("requests", "requests") as advance:
-        model.on_progress = advance
-        return run_tasks(model, suite, manager, limit, run_code)
+    def measure(loaded: "Loaded", batch_size: int) -> "tuple[list[TaskResult], Table]":
+        from llada_train.evaluation.harness import HarnessModel
+
+        model = HarnessModel(loaded, batch_size // loaded.copies)
+        model.on_doubt = lambda message: typer.echo(f"warning: {message}", err=True)
+        with counted_progress("requests", "requests") as advance:
+            model.on_progress = advance
+            found = run_tasks(model, suite, manager, limit, run_code)
+        return found, _task_table(found)
+
+    return measure
 
 
 def _task_table(results: "list[TaskResult]") -> "Table":
@@ -154,26 +170,26 @@ def _task_table(results: "list[TaskResult]") -> "Table":
     return table
 
 
-def _text(source: Path, path: Path, plot: Path | None, batch_size: int) -> "tuple[TextReport, Table]":
-    from rich.table import Table
-
+def _text(source: Path, path: Path, plot: Path | None) -> Measure:
     from llada_train.convert.load import describe
     from llada_train.evaluation.text_file import draw, text_ids, text_report
 
-    model, tokenizer = describe(source)
-    text_ids(path, tokenizer)
-    plain, _ = load_model(source)
-    with counted_progress("rows", "rows") as advance:
-        report = text_report(
-            lambda ids: plain(ids.to(plain.device)).logits,
-            path,
-            tokenizer,
-            model.max_sequence_length,
-            batch_size,
-            on_progress=advance,
-        )
-    if plot is not None:
-        draw(report, plot)
+    text_ids(path, describe(source)[1])
+
+    def measure(model: "Loaded", batch_size: int) -> "tuple[TextReport, Table]":
+        length = model.max_sequence_length
+        with counted_progress("rows", "rows") as advance:
+            report = text_report(model.scorer, path, model.tokenizer, length, batch_size, on_progress=advance)
+        if plot is not None:
+            draw(report, plot)
+        return report, _text_table(report)
+
+    return measure
+
+
+def _text_table(report: "TextReport") -> "Table":
+    from rich.table import Table
+
     left_over = f"; {report.left_over:,} at the end, less than a row, are not measured" if report.left_over else ""
     table = Table(title=f"{report.tokens:,} tokens, {report.text_bytes:,} bytes{left_over}")
     table.add_column("t")
@@ -181,23 +197,26 @@ def _text(source: Path, path: Path, plot: Path | None, batch_size: int) -> "tupl
     for one in report.buckets:
         table.add_row(f"{one.t_from:.1f} – {one.t_to:.1f}", f"{one.bits_per_byte:.3f} ± {one.standard_error:.3f}")
     table.add_row("bound", f"{report.bits_per_byte:.3f} ± {report.standard_error:.3f}")
-    return report, table
+    return table
 
 
-def _spans(source: Path, path: Path, batch_size: int) -> "tuple[list[Accuracy], Table]":
+def _spans(source: Path, path: Path) -> Measure:
     from llada_train.convert.load import describe
     from llada_train.evaluation.filling import span_accuracy
     from llada_train.evaluation.text_file import text_ids
 
-    model, tokenizer = describe(source)
-    ids = text_ids(path, tokenizer)
-    denoiser, _ = load_denoiser(source)
-    with counted_progress("span lengths", "lengths") as advance:
-        found = span_accuracy(denoiser, ids, tokenizer, model.max_sequence_length, batch_size, on_progress=advance)
-    return found, _accuracy_table(found)
+    ids = text_ids(path, describe(source)[1])
+
+    def measure(model: "Loaded", batch_size: int) -> "tuple[list[Accuracy], Table]":
+        length = model.max_sequence_length
+        with counted_progress("span lengths", "lengths") as advance:
+            found = span_accuracy(model.sampler, ids, model.tokenizer, length, batch_size, on_progress=advance)
+        return found, _accuracy_table(found)
+
+    return measure
 
 
-def _reversal(source: Path, path: Path, batch_size: int) -> "tuple[list[Accuracy], Table]":
+def _reversal(source: Path, path: Path) -> Measure:
     from llada_train.convert.load import describe
     from llada_train.evaluation.filling import reversal_accuracy
 
@@ -207,14 +226,17 @@ def _reversal(source: Path, path: Path, batch_size: int) -> "tuple[list[Accuracy
         if not (isinstance(first, str) and isinstance(second, str) and first and second):
             raise UserError(f"{path}: pair {number}: expected the texts first and second")
         pairs.append((first, second))
-    model, tokenizer = describe(source)
+    sizes, tokenizer = describe(source)
     for number, pair in enumerate(pairs, 1):
         tokens = sum(len(ids) for ids in tokenizer.encode_batch(pair))
-        check_length(tokens, model, f"{path}: pair {number}")
-    denoiser, _ = load_denoiser(source)
-    with counted_progress("directions", "directions") as advance:
-        found = reversal_accuracy(denoiser, pairs, tokenizer, batch_size, advance)
-    return found, _accuracy_table(found)
+        check_length(tokens, sizes, f"{path}: pair {number}")
+
+    def measure(model: "Loaded", batch_size: int) -> "tuple[list[Accuracy], Table]":
+        with counted_progress("directions", "directions") as advance:
+            found = reversal_accuracy(model.sampler, pairs, tokenizer, batch_size, advance)
+        return found, _accuracy_table(found)
+
+    return measure
 
 
 def _accuracy_table(found: "list[Accuracy]") -> "Table":
@@ -228,28 +250,30 @@ def _accuracy_table(found: "list[Accuracy]") -> "Table":
     return table
 
 
-def _held_out(source: Path) -> "HeldOutReport | AnswersReport":
-    from llada_train.checkpoint.reader import open_verified
-    from llada_train.convert.load import best_device
-    from llada_train.convert.plain import plain_model
+def _held_out(source: Path) -> Measure:
+    from llada_train.checkpoint.reader import Checkpoint
+    from llada_train.checkpoint.store import resolve
     from llada_train.data.opening import open_data
     from llada_train.data.rows import PretrainingData
     from llada_train.data.sft import SftData
     from llada_train.evaluation.answers import answers_report
     from llada_train.evaluation.report import held_out_report
-    from llada_train.sampling.denoiser import PlainDenoiser
 
-    device, dtype = best_device()
-    with open_verified(source) as weights:
-        config = weights.config
-        plain = plain_model(weights, config.model, dtype).to(device)
-    data = open_data(config)
-    if isinstance(data, SftData):
-        with counted_progress("answers to held-out prompts", "tokens") as advance:
-            return answers_report(PlainDenoiser(plain, data.tokenizer.vocab_size), data, advance)
-    assert isinstance(data, PretrainingData)
-    with counted_progress("bound on held-out rows", "rows") as advance:
-        return held_out_report(lambda ids: plain(ids.to(device)).logits, data, config, advance)
+    with Checkpoint(resolve(source)) as checkpoint:
+        config = checkpoint.config
+
+    def measure(model: "Loaded", batch_size: int) -> "tuple[HeldOutReport | AnswersReport, Table]":
+        data = open_data(config)
+        if isinstance(data, SftData):
+            with counted_progress("answers to held-out prompts", "tokens") as advance:
+                answers = answers_report(model.sampler, data, batch_size, advance)
+            return answers, _answers_table(answers)
+        assert isinstance(data, PretrainingData)
+        with counted_progress("bound on held-out rows", "rows") as advance:
+            report = held_out_report(model.scorer, data, config, batch_size, advance)
+        return report, _held_out_table(report)
+
+    return measure
 
 
 def _answers_table(report: "AnswersReport") -> "Table":

@@ -9,9 +9,6 @@ from llada_train.config.errors import UserError
 
 if TYPE_CHECKING:
     from llada_train.config.schema import ModelConfig
-    from llada_train.data.tokenizer import Tokenizer
-    from llada_train.model.hf.modeling_llada import LLaDAModelLM
-    from llada_train.sampling.denoiser import PlainDenoiser
 
 
 def json_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -47,23 +44,6 @@ def check_length(tokens: int, model: "ModelConfig", name: str) -> None:
             f"{name}: {tokens} tokens with what is to be generated, but the model takes {model.max_sequence_length} "
             "(max_sequence_length); give less"
         )
-
-
-def load_model(path: Path) -> "tuple[LLaDAModelLM, Tokenizer]":
-    """In bf16 on a GPU if there is one, else in fp32 on the CPU."""
-    from llada_train.convert.load import best_device, load_plain
-
-    device, dtype = best_device()
-    plain, tokenizer = load_plain(path, dtype)
-    return plain.to(device), tokenizer
-
-
-def load_denoiser(path: Path) -> "tuple[PlainDenoiser, Tokenizer]":
-    """`load_model`, to sample from."""
-    from llada_train.sampling.denoiser import PlainDenoiser
-
-    plain, tokenizer = load_model(path)
-    return PlainDenoiser(plain, tokenizer.vocab_size), tokenizer
 
 
 def write_whole(path: Path, text: str) -> None:

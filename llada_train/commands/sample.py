@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llada_train.commands.console import counted_progress
-from llada_train.commands.inputs import check_length, json_lines, load_denoiser, write_whole
+from llada_train.commands.inputs import check_length, json_lines, write_whole
+from llada_train.commands.layout import PipelineParallel, Processes, TensorParallel, checked_layout, start_processes
 from llada_train.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Cache(StrEnum):
 
 
 def sample(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder, a run folder or a checkpoint.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     infill: Annotated[
@@ -83,8 +85,14 @@ def sample(
     trace: Annotated[
         Path | None, typer.Option(help="Write a page here that plays how the first text came about.")
     ] = None,
+    processes: Processes = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
 ) -> None:
     """Fill in masks: continue prompts, answer messages, or complete texts with masks anywhere.
+
+    A model that one GPU cannot hold is split: --processes 4 --tensor-parallel 2 --pipeline-parallel 2 takes a
+    checkpoint of any layout as it is, and writes the same.
 
     Example: llada-train sample runs/demo/hf --infill 'import <|mdm_mask|><|mdm_mask|>'
     """
@@ -94,6 +102,7 @@ def sample(
             raise UserError(f"{path}: no folder {path.parent}; make it first")
     from llada_train.convert.load import describe
     from llada_train.data.tokenizer import CHAT_TOKENS
+    from llada_train.parallel.launch import world_size
     from llada_train.sampling.options import SamplingOptions
 
     chosen = {"remasking": remasking.value, "timesteps": timesteps.value, "rules": rules.value, "cache": cache.value}
@@ -115,29 +124,39 @@ def sample(
         name = "sample" if inputs is None else f"{inputs}: input {i + 1}"
         check_length(len(row) + (0 if i in infills else gen_length), sizes, name)
 
+    layout = checked_layout(sizes, processes, tensor_parallel, pipeline_parallel)
+    if cache is not Cache.none and (processes or world_size()) > 1:
+        raise UserError(f"--cache {cache.value}: keys and values are kept on one process only; leave it out")
+    start_processes(context, processes)
+
+    from llada_train.convert.load import Loaded, loaded
     from llada_train.sampling.text import continue_prompts, fill_rows
 
-    denoiser, _ = load_denoiser(model)
-    with counted_progress("sampling", "tokens") as advance:
-        some = [rows[i] for i in prompts]
-        answers = continue_prompts(
-            denoiser, some, gen_length, options, tokenizer.mask_id, ends, batch_size, prompts, advance
-        )
-        some = [rows[i] for i in infills]
-        texts = fill_rows(denoiser, some, options, tokenizer.mask_id, batch_size, infills, advance)
-    found = dict(zip([*prompts, *infills], [*answers, *texts], strict=True))
-    results = [
-        {**job, "text" if "infill" in job else "answer": tokenizer.decode(found[i])} for i, job in enumerate(jobs)
-    ]
-    if trace is not None:
-        _write_trace(trace, denoiser, tokenizer, rows[0], gen_length if 0 in prompts else 0, options)
-    if output is not None:
-        write_whole(output, "".join(f"{json.dumps(result, ensure_ascii=False)}\n" for result in results))
-    elif inputs is not None:
-        for result in results:
-            typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        typer.echo(results[0].get("text", (prompt or "" if not chat else "") + results[0].get("answer", "")))
+    def write(model: Loaded) -> None:
+        denoiser, rows_at_once = model.sampler, batch_size * model.copies
+        with counted_progress("sampling", "tokens") as advance:
+            some = [rows[i] for i in prompts]
+            answers = continue_prompts(
+                denoiser, some, gen_length, options, tokenizer.mask_id, ends, rows_at_once, prompts, advance
+            )
+            some = [rows[i] for i in infills]
+            texts = fill_rows(denoiser, some, options, tokenizer.mask_id, rows_at_once, infills, advance)
+        found = dict(zip([*prompts, *infills], [*answers, *texts], strict=True))
+        results = [
+            {**job, "text" if "infill" in job else "answer": tokenizer.decode(found[i])} for i, job in enumerate(jobs)
+        ]
+        if trace is not None:
+            _write_trace(trace, denoiser, tokenizer, rows[0], gen_length if 0 in prompts else 0, options)
+        if output is not None:
+            write_whole(output, "".join(f"{json.dumps(result, ensure_ascii=False)}\n" for result in results))
+        elif inputs is not None:
+            for result in results:
+                typer.echo(json.dumps(result, ensure_ascii=False))
+        else:
+            typer.echo(results[0].get("text", (prompt or "" if not chat else "") + results[0].get("answer", "")))
+
+    with loaded(model, layout) as given_model:
+        given_model.lead(lambda: write(given_model))
 
 
 def _jobs(prompt: str | None, infill: str | None, inputs: Path | None, chat: bool) -> list[dict[str, Any]]:
@@ -166,12 +185,19 @@ def _jobs(prompt: str | None, infill: str | None, inputs: Path | None, chat: boo
 
 
 def _ids(job: dict[str, Any], tokenizer: "Tokenizer") -> list[int]:
-    from llada_train.sampling.text import chat_ids, with_masks
+    from llada_train.data.chat import ChatTemplate, DialogueError, Message
+    from llada_train.sampling.text import with_masks
 
     if "infill" in job:
         return with_masks(tokenizer, job["infill"])
     if "messages" in job:
-        return chat_ids(tokenizer, job["messages"])
+        try:
+            messages = [Message(message["role"], message["content"]) for message in job["messages"]]
+            return ChatTemplate("llada", tokenizer).prompt(messages)
+        except (KeyError, TypeError):
+            raise UserError(f"chat: each message has a role and a content, not so {job['messages']}") from None
+        except DialogueError as error:
+            raise UserError(f"chat: a message {error}") from None
     return tokenizer.encode_batch([job["prompt"]])[0]
 
 

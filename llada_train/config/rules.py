@@ -6,38 +6,23 @@ Each fault is (key, message); the key says where it can be mended.
 import math
 from functools import cache
 
-from llada_train.config.schema import Config, ParallelConfig
+from llada_train.config.schema import Config, ModelConfig, ParallelConfig
 
 
 def cross_section_problems(config: Config) -> list[tuple[str, str]]:
     """Faults that only two sections together show: (key, message)."""
     model, parallel, training = config.model, config.parallel, config.training
     tp, pp, cp = parallel.tensor_parallel, parallel.pipeline_parallel, parallel.context_parallel
-    length, found = config.data.sequence_length, []
+    length, found = config.data.sequence_length, layout_problems(model, parallel)
 
     def check(ok: bool, key: str, message: str) -> None:
         if not ok:
             found.append((key, message))
 
-    cut = ("num_heads", "num_kv_heads", "ffn_hidden_size", "padded_vocab_size")
-    sizes = {name: getattr(model, name) for name in cut}
-    uneven = [f"model.{name} {size}" for name, size in sizes.items() if size % tp]
-    check(
-        not uneven,
-        "parallel.tensor_parallel",
-        f"{', '.join(uneven)} {'is' if len(uneven) == 1 else 'are'} not divisible by {tp}; "
-        f"it can be {_divisors(math.gcd(*sizes.values()))}",
-    )
     check(
         parallel.virtual_pipeline_parallel == 1 or pp > 1,
         "parallel.virtual_pipeline_parallel",
         "interleaves the chunks of several pipeline ranks, but pipeline_parallel is 1; raise it or set this to 1",
-    )
-    check(
-        parallel.stages <= model.num_layers,
-        "parallel.pipeline_parallel",
-        f"{pp} × virtual_pipeline_parallel {parallel.virtual_pipeline_parallel} = {parallel.stages} stages, but the "
-        f"model has {model.num_layers} layers; at most that many stages can be",
     )
     check(
         not parallel.sequence_parallel or tp > 1,
@@ -84,6 +69,22 @@ def cross_section_problems(config: Config) -> list[tuple[str, str]]:
             f"it can be {-(-size // training.micro_batch_size) * training.micro_batch_size}",
         )
     return found + _kind_problems(config) + _schedule_problems(config) + _token_count_problems(config)
+
+
+def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, str]]:
+    """Sizes of the model that tensor and pipeline parallelism cannot split: (key, message)."""
+    tp, pp, found = parallel.tensor_parallel, parallel.pipeline_parallel, []
+    cut = ("num_heads", "num_kv_heads", "ffn_hidden_size", "padded_vocab_size")
+    sizes = {name: getattr(model, name) for name in cut}
+    if uneven := [f"model.{name} {size}" for name, size in sizes.items() if size % tp]:
+        are = f"{', '.join(uneven)} {'is' if len(uneven) == 1 else 'are'} not divisible by {tp}"
+        found.append(("parallel.tensor_parallel", f"{are}; it can be {_divisors(math.gcd(*sizes.values()))}"))
+    if parallel.stages > model.num_layers:
+        virtual = parallel.virtual_pipeline_parallel
+        product = f"{pp} × virtual_pipeline_parallel {virtual} = " if virtual > 1 else ""
+        message = f"{product}{parallel.stages} stages, but the model has {model.num_layers} layers"
+        found.append(("parallel.pipeline_parallel", f"{message}; at most that many stages can be"))
+    return found
 
 
 def _kind_problems(config: Config) -> list[tuple[str, str]]:
@@ -192,19 +193,9 @@ def _token_count_problems(config: Config) -> list[tuple[str, str]]:
 def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
     """Faults of the layout on `world_size` processes, with the sum done: (key, message)."""
     parallel, training = config.parallel, config.training
+    if problem := check_processes(parallel, world_size):
+        return [("parallel", problem)]
     together = parallel.processes_per_row
-    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
-    product = " × ".join(f"{name} {getattr(parallel, name)}" for name in sizes if getattr(parallel, name) > 1)
-    if world_size % together:
-        fitting = world_size // together * together or together
-        return [
-            (
-                "parallel",
-                f"{product} takes {together} processes for each row, but {world_size} "
-                f"{'was' if world_size == 1 else 'were'} started; start a multiple of {together} "
-                f"(for example --processes {fitting})",
-            )
-        ]
     data_parallel = world_size // together
     rows = training.micro_batch_size * data_parallel * parallel.micro_batch_multiple
     share, rest = divmod(math.gcd(*config.batch_sizes.values()), rows // training.micro_batch_size)
@@ -226,6 +217,21 @@ def check_world_size(config: Config, world_size: int) -> list[tuple[str, str]]:
         for key, size in config.batch_sizes.items()
         if size % rows
     ]
+
+
+def check_processes(parallel: ParallelConfig, world_size: int) -> str | None:
+    """Why the layout does not fit so many processes, if so."""
+    together = parallel.processes_per_row
+    if world_size % together == 0:
+        return None
+    sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel")
+    product = " × ".join(f"{name} {getattr(parallel, name)}" for name in sizes if getattr(parallel, name) > 1)
+    fitting = world_size // together * together or together
+    return (
+        f"{product} takes {together} processes for each row, but {world_size} "
+        f"{'was' if world_size == 1 else 'were'} started; start a multiple of {together} "
+        f"(for example --processes {fitting})"
+    )
 
 
 @cache

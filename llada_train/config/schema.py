@@ -17,6 +17,9 @@ Weight = Annotated[float, Field(ge=0, le=1e18)]
 # Paths are told apart as they are spelled, but for ./ and //, which a URL needs.
 CorpusPath = Annotated[str, Field(min_length=1), AfterValidator(lambda p: p if "://" in p else str(Path(p)))]
 
+Precision = Literal["bf16", "fp32"]
+Recompute = Literal["none", "selective", "full"]
+
 
 def problem(key: str, message: str) -> PydanticCustomError:
     """A cross-field fault that belongs to `key` (relative to the section that raises it)."""
@@ -279,10 +282,10 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt = Field(
         description="sequences, or packed rows of them, in one forward pass of one data-parallel rank"
     )
-    precision: Literal["bf16", "fp32"] = Field(
+    precision: Precision = Field(
         default="bf16", description="of weights and activations; master weights, gradients and moments are fp32"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
         default="none",
         description="activations computed again in backward instead of kept; selective: what lies between matrix "
         "multiplications (norms, SwiGLU); full: whole layers",
@@ -397,11 +400,26 @@ class CheckpointConfig(Section):
     )
 
 
+class SamplesConfig(Section):
+    """Texts that the model writes on the way, for people to read."""
+
+    prompts: Annotated[list[str], Field(min_length=1)] = Field(
+        description="texts to go on from, which may be empty; SFT: what a user says"
+    )
+    interval_steps: PositiveInt = 1000
+    gen_length: PositiveInt = Field(default=64, description="tokens after a prompt")
+    steps: PositiveInt | None = Field(default=None, description="forward passes; none: one for each token")
+    temperature: NonNegativeFloat = Field(default=0.0, description="0 takes the likeliest token")
+
+
 class ValidationConfig(Section):
     interval_steps: PositiveInt = 1000
     sequences: PositiveInt = Field(default=256, description="rows of the held-out documents; the same noise every time")
     answers: NonNegativeInt = Field(
         default=0, description="SFT: so many of the held-out prompts are answered, too, and exact answers counted"
+    )
+    samples: SamplesConfig | None = Field(
+        default=None, description="texts of the model's own, in TensorBoard and metrics.jsonl; none: it writes none"
     )
 
 

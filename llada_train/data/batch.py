@@ -33,7 +33,7 @@ class Batch:
     position_ids: Tensor  # [B, S] int64
     segments: Segments | None  # None: every row is one segment
     masked_positions: Tensor  # [K] int64, indexes into the B·S flattened tokens
-    targets: Tensor | None  # [K] int64; None: the most probable tokens are asked for, in place of losses
+    targets: Tensor | None  # [K] int64; None: hidden states are asked for, in place of losses
     loss_weight: Tensor  # [K] fp32, already normalised over the global batch
     masked_samples: Tensor  # [K] int64, which of the E samples each position is of
     sample_index: (

@@ -6,7 +6,7 @@ inside a message is text, too, and never becomes the token.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,41 @@ def template_source(name: str) -> str:
         raise UserError(f"sft.chat_template {name}: neither {known} nor a file that can be read: {error}") from None
 
 
+def names_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """What finds the tokens' names in a text; the longest, where one is the beginning of another."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def encode(text: str, tokenizer: Tokenizer, special: re.Pattern[str]) -> list[int]:
+    """Token ids of text in which the names of `special` tokens, but for those inside messages, are the tokens."""
+    ids: list[int] = []
+    start = 0
+    for found in special.finditer(text):
+        ids += _text_ids(text[start : found.start()], tokenizer)
+        ids.append(tokenizer.special_tokens[found[0]])
+        start = found.end()
+    return ids + _text_ids(text[start:], tokenizer)
+
+
+def _text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode_batch([text.replace(_GUARD, "")])[0] if text else []
+
+
+def prompt_ids(prompts: Sequence[str], tokenizer: Tokenizer, template: str | None) -> list[list[int]]:
+    """Token ids of each prompt, as a user's message in a chat template, or as plain text (None).
+
+    Raises:
+        UserError: as of ChatTemplate, or the template refuses it.
+    """
+    if template is None:
+        return [tokenizer.encode_batch([prompt])[0] if prompt else [] for prompt in prompts]
+    chat = ChatTemplate(template, tokenizer)
+    try:
+        return [chat.prompt([Message("user", prompt)]) for prompt in prompts]
+    except DialogueError as error:
+        raise UserError(f"a prompt: {error}") from None
+
+
 class ChatTemplate:
     def __init__(self, name: str, tokenizer: Tokenizer) -> None:
         """
@@ -85,12 +120,11 @@ class ChatTemplate:
             self._template = environment.from_string(self.source)
         except jinja2.TemplateError as error:
             raise UserError(f"sft.chat_template {name}: not a Jinja template: {error}") from None
-        tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, tokens)))
+        self._special = names_of(tokenizer.special_tokens)
         written = dict.fromkeys(re.findall(r"<\|\w+\|>", self.source))
         if missing := [token for token in written if token not in tokenizer.special_tokens]:
             raise UserError(
-                f"sft.chat_template {name}: the tokenizer has no {', '.join(missing)}; give one that has "
+                f"chat template {name}: the tokenizer has no {', '.join(missing)}; give one that has "
                 "(llada-data train-tokenizer makes such), or another template"
             )
         with suppress(DialogueError):  # one that takes no such dialogue is asked with the first that it takes
@@ -107,8 +141,8 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            context = self._render(messages[:i], answer=True)
-            whole = self._render(messages[: i + 1], answer=False)
+            context = self.render(messages[:i], answer=True)
+            whole = self.render(messages[: i + 1], answer=False)
             if not (context.startswith(done) and whole.startswith(context)):
                 raise UserError(
                     f"sft.chat_template {self._name}: a dialogue does not begin as its first messages do; the "
@@ -120,9 +154,14 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a dialogue that the assistant is to go on with."""
-        return self._encode(self._render(messages, answer=True))
+        return self._encode(self.render(messages, answer=True))
 
-    def _render(self, messages: Sequence[Message], answer: bool) -> str:
+    def render(self, messages: Sequence[Message], answer: bool) -> str:
+        """The dialogue as text for `encode`; `answer`: with what begins an answer to come.
+
+        Raises:
+            DialogueError: the template refuses it.
+        """
         guarded: list[dict[str, Any]] = [
             {"role": role, "content": self._special.sub(lambda found: found[0][0] + _GUARD + found[0][1:], content)}
             for role, content in messages
@@ -139,16 +178,7 @@ class ChatTemplate:
             raise DialogueError(f"the chat template refuses it: {error}") from None
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        start = 0
-        for found in self._special.finditer(text):
-            ids += self._text(text[start : found.start()])
-            ids.append(self._tokenizer.special_tokens[found[0]])
-            start = found.end()
-        return ids + self._text(text[start:])
-
-    def _text(self, text: str) -> list[int]:
-        return self._tokenizer.encode_batch([text.replace(_GUARD, "")])[0] if text else []
+        return encode(text, self._tokenizer, self._special)
 
 
 def _refuse(message: str) -> None:

@@ -1,15 +1,16 @@
 """How a fine-tuned model answers held-out prompts: its bound on the true responses, and how many it gives exactly."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from llada_train.config.errors import UserError
-from llada_train.data.sft import SftData
+from llada_train.data.sft import Example, SftData
+from llada_train.evaluation.log_probability import log_probabilities
 from llada_train.sampling.denoiser import Denoiser, Query
 from llada_train.sampling.options import SamplingOptions
-from llada_train.sampling.text import fill_rows
+from llada_train.sampling.text import OnProgress, fill_rows
 
 BATCH = 16
 STEPS = 32  # at most, of one answer
@@ -29,14 +30,13 @@ class AnswersReport:
         return self.exact_matches / self.examples
 
 
-@torch.no_grad()
 def answers_report(
-    denoiser: Denoiser, data: SftData, on_progress: Callable[[int, int], None] = lambda done, total: None
+    denoiser: Denoiser,
+    data: SftData,
+    batch_size: int = BATCH,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> AnswersReport:
-    """Measure a model on the validation examples of a run.
-
-    Answers are as long as the longest response, the most probable tokens first (paper §2.4); what follows the first EOS
-    is cut, and the rest has to be the response, token by token. `on_progress` gets (tokens done, tokens in all).
+    """Measure a model on the validation examples of a run. `on_progress` gets (tokens done, tokens in all).
 
     Raises:
         UserError: the run holds no examples out.
@@ -44,21 +44,58 @@ def answers_report(
     examples = data.validation_examples
     if not examples:
         raise UserError("data.corpora: no held-out examples; set validation_documents of a data set, before training")
+    answered = answer(denoiser, data, examples, batch_size, on_progress)
+    decode = data.tokenizer.decode
+    samples = tuple((decode(one.prompt), decode(one.response), decode(one.answer)) for one in answered[:5])
+    return AnswersReport(len(examples), _bound(denoiser, data), sum(one.exact for one in answered), samples)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Token ids; the answer up to its EOS."""
+
+    prompt: list[int]
+    response: list[int]
+    answer: list[int]
+    exact: bool
+    """Whether the answer is the response, token by token, up to EOS."""
+
+
+def answer(
+    denoiser: Denoiser,
+    data: SftData,
+    examples: Sequence[Example],
+    batch_size: int = BATCH,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Answered]:
+    """Answers as long as the longest response, the most probable tokens first (paper §2.4)."""
+    prompts, responses = prompts_and_responses(data, examples)
+    rows, eos_id = rows_to_fill(data, prompts, responses), data.tokenizer.eos_id
+    options = SamplingOptions(steps=min(_room(responses), STEPS), stop_ids=(eos_id,))
+    filled = fill_rows(denoiser, rows, options, data.tokenizer.mask_id, batch_size, on_progress=on_progress)
+    answers = [until(eos_id, row[len(prompt) :]) for row, prompt in zip(filled, prompts, strict=True)]
+    return [
+        Answered(prompt, response, found, found == until(eos_id, response))
+        for prompt, response, found in zip(prompts, responses, answers, strict=True)
+    ]
+
+
+def prompts_and_responses(data: SftData, examples: Sequence[Example]) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids: all before each example's last response, and the response."""
     tokens = [data.corpora[one.corpus].tokens(one.start, one.stop).tolist() for one in examples]
     borders = [one.responses[-1][0] for one in examples]
-    prompts = [row[:border] for row, border in zip(tokens, borders, strict=True)]
-    responses = [row[border:] for row, border in zip(tokens, borders, strict=True)]
-    room = max(map(len, responses)) + 1  # and EOS
-    mask_id, eos_id = data.tokenizer.mask_id, data.tokenizer.eos_id
-    lengths = [min(room, data.config.model.max_sequence_length - len(prompt)) for prompt in prompts]
-    rows = [[*prompt, *[mask_id] * length] for prompt, length in zip(prompts, lengths, strict=True)]
-    options = SamplingOptions(steps=min(room, STEPS), stop_ids=(eos_id,))
-    filled = fill_rows(denoiser, rows, options, mask_id, BATCH, on_progress=on_progress)
-    answers = [until(eos_id, row[len(prompt) :]) for row, prompt in zip(filled, prompts, strict=True)]
-    matches = sum(answer == until(eos_id, response) for answer, response in zip(answers, responses, strict=True))
-    decode = data.tokenizer.decode
-    samples = tuple((decode(prompts[i]), decode(responses[i]), decode(answers[i])) for i in range(min(5, len(tokens))))
-    return AnswersReport(len(examples), _bound(denoiser, data), matches, samples)
+    cut = list(zip(tokens, borders, strict=True))
+    return [row[:border] for row, border in cut], [row[border:] for row, border in cut]
+
+
+def rows_to_fill(data: SftData, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[list[int]]:
+    """Each prompt with masks for the longest of the responses and EOS, if the model takes so many."""
+    longest, room = data.config.model.max_sequence_length, _room(responses)
+    return [[*prompt, *[data.tokenizer.mask_id] * min(room, longest - len(prompt))] for prompt in prompts]
+
+
+def _room(responses: Sequence[list[int]]) -> int:
+    return max(map(len, responses)) + 1
 
 
 def until(eos_id: int, ids: list[int]) -> list[int]:
@@ -73,7 +110,6 @@ def _bound(denoiser: Denoiser, data: SftData) -> float:
         clean, mask = torch.from_numpy(sample.tokens), torch.from_numpy(sample.mask)
         if mask.any():
             noised = clean.masked_fill(mask, data.tokenizer.mask_id).unsqueeze(0)
-            logits = denoiser(Query(noised, mask.unsqueeze(0))).float().cpu()
-            nll = torch.nn.functional.cross_entropy(logits, clean[mask], reduction="sum")
-            total += sample.loss_weight * nll.item()
+            log_p = log_probabilities(denoiser, Query(noised, mask.unsqueeze(0)), clean.unsqueeze(0))
+            total -= sample.loss_weight * log_p.sum().item()
     return total

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llada_train.evaluation.log_probability import log_probabilities
 from llada_train.objective.forward_process import Noise
+from llada_train.sampling.denoiser import Denoiser, Query
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Bound:
 
 @torch.no_grad()
 def variational_bound(
-    logits_fn: Callable[[Tensor], Tensor],
+    denoiser: Denoiser,
     rows: np.ndarray,
     noise: Noise,
     mask_id: int,
@@ -35,7 +37,6 @@ def variational_bound(
     """Mean over the rows of Σ_masked −ln p(token | noised row) / (p·S), p the row's mask probability.
 
     Args:
-        logits_fn: noised ids [B, S] int64 → logits [B, S, V].
         rows: clean token ids [M, S].
         noise: of the M rows, such as validation's: the same every time, p spread evenly over [ε, 1].
         document_lengths: clean tokens of a row [S] → the lengths of the pieces that are given to the model one by one;
@@ -56,11 +57,10 @@ def variational_bound(
         noised = clean.masked_fill(masked, mask_id)
         pieces = [tuple(document_lengths(row)) for row in rows[start:stop]]
         if all(len(row) == 1 for row in pieces):
-            nll = _nll(logits_fn(noised), clean, masked)
+            nll = _nll(denoiser, noised, clean, masked)
         else:
-            nll = torch.stack(
-                [_nll_of_pieces(logits_fn, *row) for row in zip(noised, clean, masked, pieces, strict=True)]
-            )
+            rows_alone = zip(noised, clean, masked, pieces, strict=True)
+            nll = torch.stack([_nll_of_pieces(denoiser, *row) for row in rows_alone])
         estimates.append(nll / torch.from_numpy(noise.mask_probability[start:stop] * S))
         on_progress(stop, M)
     values = torch.cat(estimates)
@@ -69,17 +69,14 @@ def variational_bound(
 
 
 def _nll_of_pieces(
-    logits_fn: Callable[[Tensor], Tensor], noised: Tensor, clean: Tensor, masked: Tensor, lengths: tuple[int, ...]
+    denoiser: Denoiser, noised: Tensor, clean: Tensor, masked: Tensor, lengths: tuple[int, ...]
 ) -> Tensor:
     """The sum over one row's masked tokens [S], each piece of it by itself: fp64, a scalar."""
     parts = zip(*(tensor.unsqueeze(0).split(lengths, dim=1) for tensor in (noised, clean, masked)), strict=True)
-    return torch.cat(
-        [_nll(logits_fn(part), tokens, at) for part, tokens, at in parts if at.any()] or [torch.zeros(1)]
-    ).sum()
+    found = [_nll(denoiser, part, tokens, at) for part, tokens, at in parts if at.any()]
+    return torch.cat(found or [torch.zeros(1)]).sum()
 
 
-def _nll(logits: Tensor, clean: Tensor, masked: Tensor) -> Tensor:
+def _nll(denoiser: Denoiser, noised: Tensor, clean: Tensor, masked: Tensor) -> Tensor:
     """The sum over each row's masked tokens, fp64 [B]."""
-    at = masked.to(logits.device)
-    nll = torch.nn.functional.cross_entropy(logits[at].float(), clean[masked].to(logits.device), reduction="none")
-    return torch.zeros(masked.shape, dtype=torch.float64).masked_scatter(masked, nll.double().cpu()).sum(1)
+    return -log_probabilities(denoiser, Query(noised, masked), clean).sum(1)

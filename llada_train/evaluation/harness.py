@@ -1,47 +1,44 @@
 """LLaDA as a model of lm-evaluation-harness, registered as `llada-train`.
 
 Scores are the Monte-Carlo estimates of llada_train.evaluation.likelihood, answers the sampler's; both are keyed by a
-request's own tokens, so that results depend neither on batches nor on the number of processes. Under torchrun each
-process takes its share of the requests.
+request's own tokens, so that results depend neither on batches nor on the number of processes.
 """
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from pydantic import ValidationError
-from torch import Tensor
 
 from llada_train.config.errors import UserError
-from llada_train.convert.load import best_device, load_plain
+from llada_train.convert.load import Loaded, loaded
+from llada_train.data.chat import ChatTemplate, Message, encode, names_of
 from llada_train.data.tokenizer import CHAT_TOKENS
-from llada_train.evaluation.likelihood import log_likelihoods
+from llada_train.evaluation.likelihood import doubts, log_likelihoods
 from llada_train.evaluation.suite import Settings, problems
-from llada_train.sampling.denoiser import PlainDenoiser
+from llada_train.parallel.launch import world_size
 from llada_train.sampling.options import SamplingOptions
-from llada_train.sampling.text import chat_text, continue_prompts, encode_special
+from llada_train.sampling.text import continue_prompts
 
 _KEY_BITS = 40
 
 
 @register_model("llada-train")
 class HarnessModel(TemplateLM):
-    """A Hugging Face folder, run folder or checkpoint."""
+    """A Hugging Face folder, run folder or checkpoint, or what has been loaded of one."""
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Loaded,
         batch_size: int | str = 8,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -50,27 +47,24 @@ class HarnessModel(TemplateLM):
         """`settings`: as of llada_train.evaluation.suite.Settings; lm_eval gives them as model_args.
 
         Raises:
-            UserError: no model there, or an unknown setting.
+            UserError: no model there, an unknown setting, or several processes that have not loaded it together.
         """
         super().__init__()
         try:
             self.settings = Settings.model_validate(settings)
         except ValidationError as error:
             raise UserError(f"llada-train: {problems(error)}") from None
-        self._batch_size = int(batch_size)
-        self._rank, self._world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if self._world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
-        self._device = torch.device("cpu")  # of what processes tell each other
-        best, dtype = best_device()
-        if best.type == "cuda" and self._world_size > 1:
-            best = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        plain, self._tokenizer = load_plain(Path(pretrained), dtype)
-        plain = plain.to(best if device is None else torch.device(device))
-        self._max_length = plain.config.max_sequence_length
-        self._scorer = PlainDenoiser(plain, plain.config.embedding_size)  # as the released code, over all rows
-        self._sampler = PlainDenoiser(plain, self._tokenizer.vocab_size)
+        if not isinstance(pretrained, Loaded):
+            if world_size() > 1:
+                raise UserError("llada-train: several processes need `llada-train evaluate`; start one")
+            pretrained = ExitStack().enter_context(loaded(Path(pretrained), device=device))
+        self._batch_size = int(batch_size) * pretrained.copies
+        self._tokenizer, self._max_length = pretrained.tokenizer, pretrained.max_sequence_length
+        names = {self._tokenizer.bos_token, self._tokenizer.eos_token, *CHAT_TOKENS}
+        self._special = names_of(names & self._tokenizer.special_tokens.keys())
+        self._scorer, self._sampler = pretrained.scorer, pretrained.sampler
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.on_doubt: Callable[[str], None] = lambda message: None
 
     @property
     def eot_token_id(self) -> int:
@@ -85,11 +79,13 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """LLaDA's format; without a generation prompt the last message goes on."""
-        text = chat_text(chat_history, answer_begins=add_generation_prompt)
+        messages = [Message(message["role"], message["content"]) for message in chat_history]
+        text = ChatTemplate("llada", self._tokenizer).render(messages, answer=add_generation_prompt)
         return text if add_generation_prompt else text.removesuffix(CHAT_TOKENS[-1])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return encode_special(self._tokenizer, string)
+        """The names of the chat format's tokens, and of end of text, are the tokens; that of the mask is text."""
+        return encode(string, self._tokenizer, self._special)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -108,6 +104,8 @@ class HarnessModel(TemplateLM):
             request_keys([[*context, -1, *answer] for context, answer in pairs]),
             self.on_progress,
         )
+        if message := doubts(scores, settings.estimator):
+            self.on_doubt(message)
         greedy = self._greedy(pairs) if settings.check_greedy else [False] * len(pairs)
         found = [(score.value, is_greedy) for score, is_greedy in zip(scores, greedy, strict=True)]
         for (texts, _, _), one in zip(requests, found, strict=True):
@@ -175,24 +173,6 @@ class HarnessModel(TemplateLM):
                 found[number] = _cut(self._tokenizer.decode(answer), requests[number].args[1].get("until", []))
                 self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
         return found
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        if self._world_size == 1:
-            return tensor
-        parts = [torch.zeros_like(tensor) for _ in range(self._world_size)]
-        dist.all_gather(parts, tensor)
-        return torch.stack(parts)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        if self._world_size == 1:
-            return [obj]
-        gathered = [None] * self._world_size if self._rank == dst else None
-        dist.gather_object(obj, gathered, dst)
-        return gathered
-
-    def barrier(self) -> None:
-        if self._world_size > 1:
-            dist.barrier()
 
 
 def request_keys(requests: Sequence[Sequence[int]]) -> list[int]:

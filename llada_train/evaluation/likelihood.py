@@ -5,7 +5,7 @@ Every draw is keyed by (seed, pair, sample), so that a result depends neither on
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Literal
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llada_train.config.errors import UserError
+from llada_train.evaluation.log_probability import log_probabilities
 from llada_train.objective.keyed import Purpose, position_words, sample_words, uniform
-from llada_train.sampling.denoiser import Denoiser, Query, guided
+from llada_train.sampling.denoiser import Denoiser, Query
 
 Estimator = Literal["subset", "bernoulli", "exact", "chain"]
 """subset: l ~ U{1..L}, exactly l of the L answer tokens masked, weight L/l (Eq. 6), l spread evenly as released.
@@ -35,6 +36,18 @@ class LogLikelihood:
     value: float
     standard_error: float
     """As if the samples were independent; they are spread evenly, so the true one is smaller."""
+
+
+def doubts(scores: Sequence[LogLikelihood], estimator: Estimator) -> str | None:
+    """What to tell a user of estimates that say little; None: they are good enough."""
+    large = [one.standard_error for one in scores if one.standard_error > max(1.0, 0.1 * abs(one.value))]
+    if not large:
+        return None
+    advice = "take more samples" if estimator == "subset" else "take more samples, or estimator=subset"
+    return (
+        f"{len(large):,} of {len(scores):,} log-likelihoods have a standard error of more than a nat and a tenth of "
+        f"their value (the largest: {max(large):.1f} nats): {advice}"
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,8 @@ def _log_p(denoiser: Denoiser, batch: Sequence[_Row], mask_id: int, cfg: float) 
         ids[i, :stop] = torch.tensor([*row.prompt, *row.answer])
         masked[i, start:stop], wanted[i, start:stop] = map(torch.from_numpy, (row.masked, row.counted))
         given[i, :start] = visible[i, :stop] = True
-    query = Query(ids.masked_fill(masked, mask_id), wanted, None if visible.all() else visible)
-    logits = guided(denoiser, query, given, mask_id, cfg, len(batch))
-    nll = torch.nn.functional.cross_entropy(logits.float(), ids[wanted].to(logits.device), reduction="none")
-    return torch.zeros(shape, dtype=torch.float64).masked_scatter(wanted, -nll.double().cpu()).sum(1)
+    noised = ids.masked_fill(masked, mask_id)
+    query = Query(noised, wanted, None if visible.all() else visible)
+    if cfg:
+        query = replace(query, unconditional=noised.masked_fill(given, mask_id), cfg=cfg)
+    return log_probabilities(denoiser, query, ids).sum(1)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from llada_train.config.errors import UserError
 from llada_train.config.schema import Config
@@ -12,6 +11,7 @@ from llada_train.data.rows import PretrainingData
 from llada_train.evaluation.baselines import bigram_cross_entropy, bits_per_byte, unigram_entropy
 from llada_train.evaluation.bound import variational_bound
 from llada_train.objective.forward_process import validation_noise
+from llada_train.sampling.denoiser import Denoiser
 
 COUNTED_TOKENS = 50_000_000  # the bigram model is counted on so many training tokens at most
 _CHUNK_BLOCKS = 1024
@@ -36,9 +36,10 @@ class HeldOutReport:
 
 
 def held_out_report(
-    logits_fn: Callable[[Tensor], Tensor],
+    denoiser: Denoiser,
     data: PretrainingData,
     config: Config,
+    batch_size: int = 8,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeldOutReport:
     """Measure the model and both baselines on the validation rows of a run.
@@ -54,7 +55,7 @@ def held_out_report(
     text_bytes = sum(len(data.tokenizer.decode(row.tolist()).encode()) for row in rows)
     noise = validation_noise(config.seed, data.validation_counts, data.sequence_length, config.objective.epsilon)
     measured = variational_bound(
-        logits_fn, rows, noise, data.tokenizer.mask_id, data.document_lengths, on_progress=on_progress
+        denoiser, rows, noise, data.tokenizer.mask_id, data.document_lengths, batch_size, on_progress
     )
 
     def score(nats: float) -> Score:

@@ -58,7 +58,7 @@ def run_tasks(
     run_code: bool = False,
     on_task: Callable[[str], None] = lambda name: None,
 ) -> list[TaskResult]:
-    """The results of a HarnessModel; empty on all ranks but 0.
+    """The results of a HarnessModel.
 
     Raises:
         UserError: a task's data cannot be had, or it runs code that models write and `run_code` is not given.
@@ -92,8 +92,8 @@ def run_tasks(
             raise UserError(
                 f"evaluate: {task.task} runs code that the model writes; allow it with --run-code"
             ) from None
-        if results is not None:
-            found += _results(results, task.task, task.published, model.settings.model_dump())
+        assert results is not None
+        found += _results(results, task.task, task.published, model.settings.model_dump())
     return found
 
 

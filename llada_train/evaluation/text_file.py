@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from llada_train.config.errors import UserError
 from llada_train.data.tokenizer import Tokenizer
 from llada_train.evaluation.baselines import bits_per_byte
 from llada_train.evaluation.bound import variational_bound
 from llada_train.objective.forward_process import validation_noise
+from llada_train.sampling.denoiser import Denoiser
 
 BUCKETS = 10
 _LEAST_ROWS = 100  # a short text is measured under so much noise, at least
@@ -41,7 +41,7 @@ class TextReport:
 
 
 def text_report(
-    logits_fn: Callable[[Tensor], Tensor],
+    denoiser: Denoiser,
     path: Path,
     tokenizer: Tokenizer,
     max_sequence_length: int,
@@ -61,7 +61,7 @@ def text_report(
     repeats = -(-_LEAST_ROWS // len(rows))
     noise = validation_noise(seed, [repeats * len(rows)], S, epsilon=1e-3)
     bound = variational_bound(
-        logits_fn, np.tile(rows, (repeats, 1)), noise, tokenizer.mask_id, batch_size=batch_size, on_progress=on_progress
+        denoiser, np.tile(rows, (repeats, 1)), noise, tokenizer.mask_id, batch_size=batch_size, on_progress=on_progress
     )
 
     def bits(nats_per_token: float) -> float:

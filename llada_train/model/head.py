@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
@@ -86,7 +87,7 @@ class MaskedHead(torch.nn.Module):
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """hidden [S, B, H] (a slice of S under sequence parallelism) → [2, K] fp32: log-normaliser, target logit.
 
-        Without targets: the most probable id and its log-probability; no gradients.
+        Without targets: the rows [K, H] themselves, to make `logits` of.
         """
         B, S = batch.input_ids.shape
         # Position b·S + s of the batch stands at s·B + b in megatron-core's sequence-first layout.
@@ -98,22 +99,11 @@ class MaskedHead(torch.nn.Module):
         else:
             rows = copy_to_tensor_model_parallel_region(hidden.reshape(S * B, -1).index_select(0, index))
         if batch.targets is None:
-            return self._most_probable(rows)
+            return rows
         told: Tensor = _LogNormaliserAndTarget.apply(rows, self.weight, batch.targets)
         return told
 
-    def _most_probable(self, rows: Tensor) -> Tensor:
-        """rows [K, H] → [2, K] fp32: id (a float holds those below 2²⁴ exactly), log-probability."""
-        group, V = parallel_state.get_tensor_model_parallel_group(), len(self.weight)
-        first, pieces = parallel_state.get_tensor_model_parallel_rank() * V, []
-        for part in rows.split(max(1, CHUNK // V)):
-            logits = (part @ self.weight.t()).float()
-            own, id = logits.max(dim=1)
-            highest = own.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-            id = torch.where(own == highest, id + first, V * group.size())
-            dist.all_reduce(id, op=dist.ReduceOp.MIN, group=group)
-            normaliser = (logits - highest.unsqueeze(1)).exp_().sum(dim=1)
-            dist.all_reduce(normaliser, group=group)
-            pieces.append(torch.stack([id.float(), -normaliser.log()]))
-        return torch.cat(pieces, dim=1)
+    def logits(self, rows: Tensor) -> Tensor:
+        """rows [K, H] → [K, V] over the whole vocabulary, on every rank of it; no gradients."""
+        logits: Tensor = gather_from_tensor_model_parallel_region(rows @ self.weight.t())
+        return logits

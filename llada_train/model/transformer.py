@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from llada_train.config.schema import Config, ModelConfig
+from llada_train.config.schema import ModelConfig, ParallelConfig, Precision, Recompute
 from llada_train.data.batch import Batch
 from llada_train.model.attention import AttentionInputs, BidirectionalAttention, rotary_tables
 from llada_train.model.head import MaskedHead
@@ -45,10 +45,11 @@ def _stages(num_layers: int, stages: int) -> list[list[str]]:
     return [["embedding", *layers[0]], *layers[1:-1], [*layers[-1], "loss"]]
 
 
-def transformer_config(config: Config, use_cpu: bool) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: Precision, recompute: Recompute, use_cpu: bool
+) -> TransformerConfig:
     """megatron-core's view of the config."""
-    model, parallel = config.model, config.parallel
-    dtype = DTYPES[config.training.precision]
+    dtype = DTYPES[precision]
     interleaved = parallel.virtual_pipeline_parallel > 1
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -72,7 +73,7 @@ def transformer_config(config: Config, use_cpu: bool) -> TransformerConfig:
         batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context_parallel,
         sequence_parallel=parallel.sequence_parallel,
-        **_RECOMPUTE[config.training.recompute],
+        **_RECOMPUTE[recompute],
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -150,7 +151,7 @@ class Stage(MegatronModule):
         self.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states [S, B, H] for the next stage, or on the last [2, K] fp32: log-normaliser, target logit."""
+        """Hidden states [S, B, H] for the next stage; on the last what its head tells of the masked positions."""
         cos, sin = rotary_tables(batch.position_ids, self.head_dim, self.rope_theta)
         hidden = None
         if hasattr(self, "embedding"):

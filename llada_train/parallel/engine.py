@@ -10,7 +10,6 @@ multiplied by the number of ranks). All gradients are accumulated and reduced in
 """
 
 import io
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -20,17 +19,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llada_train.config.schema import Config
 from llada_train.data.batch import Batch
 from llada_train.model.kernels import kernels
-from llada_train.model.transformer import LLaDATransformer, Stage, transformer_config
-from llada_train.model.weights import Shard, shards
-from llada_train.parallel import cpu
+from llada_train.model.transformer import Stage
+from llada_train.model.weights import Shard
 from llada_train.parallel.gate import Accepts, Gate
 from llada_train.parallel.replicas import check_replicas
+from llada_train.parallel.split_model import SplitModel
 from llada_train.parallel.topology import Topology
 from llada_train.parallel.zero import FlatPartition, Fragment, ParameterPartition
 
@@ -97,17 +95,17 @@ class _ModelParallelUnit:
     get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
 
 
-class Engine:
+class Engine(SplitModel):
     """A model in some layout, its optimizer, and the step that ties them."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
-        self.config, self.topology = config, topology
+        training = config.training
+        chosen = kernels(training.kernels, topology.device)
+        super().__init__(config.model, config.parallel, topology, training.precision, training.recompute, chosen)
+        self.config = config
         self.bf16 = config.training.precision == "bf16"
         self._zero_stage = config.parallel.zero_stage
         self._adds_gradients_in_hooks = self.bf16 and self._zero_stage == 1
-        model_config = transformer_config(config, topology.device.type == "cpu")
-        self.model = LLaDATransformer(config.model, model_config, kernels(config.training.kernels, topology.device))
-        self.shards = list(shards(self.model, config.model))
         for shard in self.shards:  # DeepSpeed's own name for "this rank counts it in the gradient norm"
             shard.parameter.model_parallel = shard.owned  # type: ignore[attr-defined]
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use on every rank
@@ -115,9 +113,9 @@ class Engine:
         self._state = (ParameterPartition if self._zero_stage == 3 else FlatPartition)(self._engine.optimizer)
         self._gate = Gate(self._engine.optimizer, topology.device)
         if not self._adds_gradients_in_hooks:
-            model_config.grad_scale_func = self._engine.scale
+            self._transformer_config.grad_scale_func = self._engine.scale
         if self._zero_stage > 1:
-            model_config.no_sync_func = self._before_the_last_micro_batch
+            self._transformer_config.no_sync_func = self._before_the_last_micro_batch
 
     def _deepspeed_engine(self) -> Any:
         optimizer, parallel = self.config.optimizer, self.config.parallel
@@ -238,26 +236,6 @@ class Engine:
         dist.all_reduce(bounds)
         return bounds.cpu() * rows
 
-    def predict(self, batches: list[Batch], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """The most probable token of each masked position, and its log-probability: int64, fp64 [rows, columns].
-
-        Of batches without targets, whose samples are 0, 1, …; zeros where nothing is masked. Equal on every rank, on
-        the host.
-        """
-        with torch.no_grad():
-            reports = self._reports(batches, self.model, nullcontext(), forward_only=True)
-        told = torch.zeros(2, rows, columns, dtype=torch.float64, device=self.topology.device)
-        if parallel_state.get_tensor_model_parallel_rank() == 0:
-            for batch, report in zip(batches, reports, strict=False):  # stages before the last report nothing
-                S = batch.input_ids.shape[1]
-                masked = torch.nonzero(batch.loss_weight).flatten()
-                position = batch.masked_positions[masked]
-                column = position % S + self.topology.place.context_parallel_rank * S
-                told[:, batch.sample_index[batch.masked_samples[masked]], column] = report["best"][:, masked].double()
-        dist.all_reduce(told)
-        ids, confidence = told.cpu()
-        return ids.long(), confidence
-
     def _run(
         self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool = False
     ) -> Tensor:
@@ -265,32 +243,16 @@ class Engine:
 
         A sample's parts, on the ranks that share its row's columns, add up; ranks that compute no loss have zeros.
         """
-        reports = self._reports(batches, module, around, forward_only)
-        if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        device = self.topology.device
+
+        def step(iterator: Iterator[Batch], stage: Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            return self._forward_step(next(iterator).to(device), module, stage)
+
+        reports = self._schedule(batches, step, around, forward_only)
+        if reports and self.is_first_slice:
             return torch.cat([report["samples"] for report in reports])
         samples = sum(len(batch.t) for batch in batches)
-        return torch.zeros(samples, dtype=torch.float64, device=self.topology.device)
-
-    def _reports(
-        self, batches: list[Batch], module: Any, around: AbstractContextManager[Any], forward_only: bool
-    ) -> list[dict[str, Tensor]]:
-        """What the last stage has to say of each micro-batch; nothing on others."""
-        device, began = self.topology.device, time.perf_counter()
-        stages = list(self.model.stages)
-        with around, cpu.standing_in() if device.type == "cpu" else nullcontext():
-            reports: list[dict[str, Tensor]] = get_forward_backward_func()(
-                forward_step_func=lambda iterator, stage: self._forward_step(next(iterator).to(device), module, stage),
-                data_iterator=[iter(batches) for _ in stages],
-                model=stages,
-                num_microbatches=len(batches),
-                seq_length=batches[0].input_ids.shape[1] * self.config.parallel.context_parallel,
-                micro_batch_size=len(batches[0].input_ids),
-                forward_only=forward_only,
-            )
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # as reading the losses does in a moment
-        self._own_seconds = time.perf_counter() - began
-        return reports
+        return torch.zeros(samples, dtype=torch.float64, device=device)
 
     def _sum(self, sample_losses: Tensor, batches: list[Batch]) -> Losses:
         """The losses of the global batch, over all ranks."""
@@ -310,14 +272,12 @@ class Engine:
     def _counts_samples(self) -> bool:
         return (
             parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and self.is_first_slice
             and self.topology.place.context_parallel_rank == 0
         )
 
     def _forward_step(self, batch: Batch, module: Any, stage: Stage) -> tuple[Tensor, Callable[[Tensor], Any]]:
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            if batch.targets is None:
-                return output.sum(), torch.ones((), dtype=torch.int, device=output.device), {"best": output}
             log_normaliser, target_logit = output
             weighted = batch.loss_weight * (log_normaliser - target_logit)
             loss = weighted.sum()

@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llada_train.model.hf.modeling_llada import LLaDALlamaBlock, rotary_angles, rotate
-from llada_train.sampling.denoiser import PlainDenoiser, Query
+from llada_train.sampling.denoiser import Query, Read
 from llada_train.sampling.options import Cache
+from llada_train.sampling.plain import PlainDenoiser
 
 
 class CachedDenoiser:
@@ -24,9 +25,9 @@ class CachedDenoiser:
         self._blocks: dict[int, Tensor] = {}  # what each row filled in last
 
     @torch.no_grad()
-    def __call__(self, query: Query) -> Tensor:
+    def __call__(self, query: Query, read: Read) -> Tensor:
         weight = self._plain.transformer.wte.weight
-        query = query.to(weight.device)
+        query = query.doubled().to(weight.device)
         assert query.rows is not None and query.block is not None
         rows, blocks = query.rows.tolist(), query.block
         fresh = torch.tensor(
@@ -42,7 +43,7 @@ class CachedDenoiser:
             at = some.nonzero()[:, 0]
             if len(at):
                 h[at] = self._hidden(query, at, [rows[i] for i in at.tolist()], is_fresh)
-        return self._plain.head(h[query.wanted])
+        return self._plain.read(h, query, read)
 
     def _columns(self, block: Tensor) -> Tensor:
         """From the first position of the block to its last, or to the row's end: int64 [b, n], last ones repeated."""

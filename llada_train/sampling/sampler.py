@@ -6,7 +6,7 @@ takes them where its model is. Shapes: B rows, L columns, N positions whose logi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from llada_train.config.errors import UserError
-from llada_train.sampling.cache import CachedDenoiser
-from llada_train.sampling.denoiser import Denoiser, PlainDenoiser, Query, guided
+from llada_train.sampling.denoiser import Denoiser, Query
+from llada_train.sampling.noise import position_seeds
 from llada_train.sampling.options import SamplingOptions
-from llada_train.sampling.predict import predict
-from llada_train.sampling.schedule import keyed_uniforms, random_steps, step_seed, transfer_counts
+from llada_train.sampling.predict import Prediction
+from llada_train.sampling.schedule import keyed_uniforms, random_steps, transfer_counts
 
 OnStep = Callable[[list[tuple[int, int, int, float]]], None]
 """Gets what a forward pass settled: (row, column, id, the model's probability of it without temperature)."""
@@ -84,11 +84,15 @@ def infill(
         UserError: steps is not a multiple of a row's number of blocks, or the model has no cache that is asked for.
     """
     if options.cache != "none":
+        from llada_train.sampling.cache import CachedDenoiser
+        from llada_train.sampling.plain import PlainDenoiser  # and with it transformers
+
         if not isinstance(denoiser, PlainDenoiser):
             raise UserError(f"sampling: this model keeps no keys and values; leave out the cache {options.cache!r}")
         denoiser = CachedDenoiser(denoiser, options.cache)
     ids = ids.clone()
     masked = ids == mask_id
+    places = masked.cumsum(1) - 1  # what noise knows a mask by, wherever its row begins
     keys = range(len(ids)) if keys is None else keys
     steps = [options.steps_per_block(masks) for masks in masked.sum(1).tolist()]
     ways = [_steps(*row, options, mask_id) for row in zip(ids, steps, keys, strict=True)]
@@ -99,12 +103,18 @@ def infill(
         for i, (_, step) in enumerate(asked):
             block[i, step.block], wanted[i, step.wanted] = True, True
         query = Query(ids[at], wanted, None if visible is None else visible[at], at, block)
-        logits = guided(denoiser, query, ~masked[at], mask_id, options.cfg, len(ids))
+        if options.cfg:
+            query = replace(query, unconditional=ids[at].masked_fill(~masked[at], mask_id), cfg=options.cfg)
+        read = Prediction(options, mask_id)
+        if options.temperature:
+            seeds = [position_seeds(options.seed, keys[row], done, places[row, step.wanted]) for row, step in asked]
+            read = replace(read, seeds=torch.cat(seeds))
+        predicted, confidence = denoiser(query, read).unbind(1)
         sizes = [len(step.wanted) for _, step in asked]
-        seeds = [step_seed(options.seed, keys[row], done) for row, _ in asked] if options.temperature else []
-        predicted, confidence = predict(logits, sizes, seeds, options, mask_id)
         settled: list[tuple[int, int, int, float]] = []
-        for (row, step), tokens, sure in zip(asked, predicted.split(sizes), confidence.split(sizes), strict=True):
+        for (row, step), tokens, sure in zip(
+            asked, predicted.long().split(sizes), confidence.split(sizes), strict=True
+        ):
             kept = step.keep(sure)
             columns = step.wanted[kept]
             ids[row, columns] = tokens[kept]

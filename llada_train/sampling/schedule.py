@@ -48,8 +48,3 @@ def random_steps(masks: int, steps: int, options: SamplingOptions, uniforms: Ten
 def keyed_uniforms(seed: int, key: int, count: int) -> Tensor:
     """One number in [0, 1) for each of the first `count` positions of the row of this key: fp64 [count]."""
     return torch.from_numpy(uniform(position_words(seed, Purpose.SAMPLING_ORDER, key, count)))
-
-
-def step_seed(seed: int, key: int, step: int) -> int:
-    """Of the generator of a row's noise at a step."""
-    return int(position_words(seed, Purpose.SAMPLING_NOISE, key, step + 1)[step] >> 1)

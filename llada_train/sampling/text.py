@@ -1,19 +1,17 @@
 """Batches of prompts, and of texts with mask tokens anywhere; each row's result is that of the row alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
 import torch
 
 from llada_train.config.errors import UserError
-from llada_train.data.tokenizer import BOS_TOKEN, CHAT_TOKENS, EOS_TOKEN, MASK_TOKEN, Tokenizer
+from llada_train.data.tokenizer import MASK_TOKEN, Tokenizer
 from llada_train.sampling.denoiser import Denoiser
 from llada_train.sampling.options import SamplingOptions
 from llada_train.sampling.sampler import OnStep, infill
 
-Messages = Sequence[Mapping[str, str]]
-"""{"role": "user", "content": …}, one after the other."""
 OnProgress = Callable[[int, int], None]
 """Gets (tokens done, tokens in all)."""
 
@@ -105,56 +103,3 @@ def with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
     for piece in pieces[1:]:
         ids = [*ids, tokenizer.mask_id, *piece]
     return ids
-
-
-def chat_ids(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """A conversation in LLaDA's chat format, up to where the assistant's answer begins.
-
-    The names of special tokens inside a message are text.
-
-    Raises:
-        UserError: the tokenizer lacks tokens of the format, or a message its role or content.
-    """
-    special = {token: tokenizer.id_of(token) for token in (BOS_TOKEN, *CHAT_TOKENS)}
-    if missing := [token for token, id in special.items() if id is None]:
-        raise UserError(
-            f"chat: the tokenizer has no {', '.join(missing)}; give a plain prompt, or a model made for chat"
-        )
-    ids: list[int] = []
-    for piece in _chat_pieces(messages):
-        id = special.get(piece)
-        ids += tokenizer.encode_batch([piece[1:]])[0] if id is None else [id]
-    return ids
-
-
-def chat_text(messages: Messages, answer_begins: bool = True) -> str:
-    """The same as text; `answer_begins`: with the header of an answer to come."""
-    pieces = list(_chat_pieces(messages))
-    pieces = pieces if answer_begins else pieces[:-4]
-    return "".join(piece[1:] if piece.startswith(_TEXT) else piece for piece in pieces)
-
-
-def encode_special(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of `text`, in which the names of the chat format's tokens, and of end of text, are these tokens."""
-    names = {name: id for name in (BOS_TOKEN, EOS_TOKEN, *CHAT_TOKENS) if (id := tokenizer.id_of(name)) is not None}
-    ids: list[int] = []
-    while text:
-        at, name = min(((text.find(name), name) for name in names if name in text), default=(len(text), ""))
-        ids += tokenizer.encode_batch([text[:at]])[0] if at else []
-        ids += [names[name]] if name else []
-        text = text[at + len(name) :]
-    return ids
-
-
-_TEXT = "\0"  # marks what is not a special token
-
-
-def _chat_pieces(messages: Messages) -> list[str]:
-    start, end, eot = CHAT_TOKENS
-    pieces = [BOS_TOKEN]
-    for message in messages:
-        if not {"role", "content"} <= message.keys():
-            raise UserError(f"chat: a message has a role and a content, not {', '.join(message) or 'nothing'}")
-        content = message["content"].strip()
-        pieces += [start, _TEXT + message["role"], end, f"{_TEXT}\n\n{content}", eot]
-    return [*pieces, start, f"{_TEXT}assistant", end, f"{_TEXT}\n\n"]

@@ -6,7 +6,6 @@ from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from llada_train.checkpoint.restore import load_newest
 from llada_train.checkpoint.store import remove_newer
 from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
+from llada_train.config.schema import Config, SamplesConfig
 from llada_train.data.loader import GlobalBatch, TrainingLoader, Validation
 from llada_train.data.timeline import Timeline
 from llada_train.parallel.engine import T_BUCKETS, Engine, Losses, Step
@@ -27,11 +26,9 @@ from llada_train.training.learning_rate import learning_rate
 from llada_train.training.metrics import MetricsLog
 from llada_train.training.preflight import check_phases
 from llada_train.training.run_folder import RunFolder
+from llada_train.training.samples import Samples
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from llada_train.training.answers import Answers
 
 RECENT_STEPS = 1000  # of which the log tells how evenly they pass
 
@@ -75,7 +72,7 @@ class Trainer:
         loader: TrainingLoader,
         timeline: Timeline,
         validation: Validation,
-        answers: "Answers | None",
+        samples: Samples,
         run: RunFolder,
         writer: CheckpointWriter,
         log: MetricsLog | None,  # on the main process only
@@ -86,7 +83,7 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.loader, self.validation = config, engine, loader, validation
         self.run, self.writer, self.log, self.stop, self.watchdog = run, writer, log, stop, watchdog
-        self.journal, self.answers = journal, answers
+        self.journal, self.samples = journal, samples
         self.timeline, self.end_samples, self.progress = timeline, timeline.end_samples, progress
         self.guard = Guard(config.guard, progress.guard)
         self.recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -144,6 +141,8 @@ class Trainer:
                     return _Outcome.STOPPED
                 if self._due(config.validation.interval_steps):
                     self._validate()
+                if config.validation.samples is not None and self._due(config.validation.samples.interval_steps):
+                    self._write_samples(config.validation.samples)
                 if self._due(config.checkpoint.interval_steps) and not self._complete():
                     self._doing("saving")
                     self.writer.start(self.progress)
@@ -265,13 +264,19 @@ class Trainer:
             nelbo_by_t=interval.losses.bound_by_t(),
         )
 
+    def _write_samples(self, asked: SamplesConfig) -> None:
+        self._doing("writing samples")
+        texts = self.samples.texts(asked)
+        if self.log is not None and texts is not None:
+            self.log.samples(step=self.progress.step, tokens=self._tokens(), texts=texts)
+
     def _validate(self) -> None:
         if not self.validation.batches:
             return
         self._doing("validating")
         bounds = self.engine.evaluate(self.validation.batches, len(self.validation.t)).numpy()
         bound = float(bounds.mean())
-        exact_match = self.answers.exact_match(self.engine) if self.answers is not None else None
+        exact_match = self.samples.exact_match()
         if not math.isfinite(bound):
             raise UserError(
                 f"step {self.progress.step:,}: the bound on held-out documents is {bound}; the run stops. Its "

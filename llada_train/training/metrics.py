@@ -27,7 +27,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 TOLD_CORPORA = 6  # more than these are in TensorBoard and metrics.jsonl only
 
-KINDS = ("train", "validation", "skip", "went_back")
+KINDS = ("train", "validation", "samples", "skip", "went_back")
 
 Record = dict[str, Any]
 
@@ -140,6 +140,18 @@ class MetricsLog:
             told += f"  [green]{exact_match:.1%} of answers exact[/]"
         self._tell(f"[bold]step {step:>7,}[/]  [green]held-out bound {bound:.4f} nats/token[/]{told}")
 
+    def samples(self, *, step: int, tokens: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Record what the model wrote after each of some prompts: (prompt, text)."""
+        told = [{"prompt": prompt, "text": text} for prompt, text in texts]
+        self._append({"kind": "samples", "step": step, "tokens": tokens, "samples": told})
+        self._tensorboard.add_texts(
+            step, {f"samples/{number}": prompt + text for number, (prompt, text) in enumerate(texts)}
+        )
+        for prompt, text in texts:
+            line = escape(json.dumps(_shortened(text), ensure_ascii=False))
+            after = f" after {escape(json.dumps(_shortened(prompt), ensure_ascii=False))}" if prompt else ""
+            self._tell(f"[bold]step {step:>7,}[/]  [cyan]sample{after}:[/] {line}")
+
     def skipped(self, *, step: int, consumed_samples: int, reason: str) -> None:
         """Record that `step` was not applied."""
         self._append({"kind": "skip", "step": step, "consumed_samples": consumed_samples, "reason": reason})
@@ -233,8 +245,23 @@ class _TensorBoard:
             self._records.write(event.SerializeToString())
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        scalars = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars))
+        self._write(step, [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+
+    def add_texts(self, step: int, texts: dict[str, str]) -> None:
+        from tensorboard.plugins.text.metadata import create_summary_metadata
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        values = []
+        for tag, text in texts.items():
+            # TensorBoard reads Markdown, in which lines that are indented stand as they are.
+            shown = "".join(f"    {line}\n" for line in text.splitlines()) or "    "
+            tensor = make_tensor_proto([shown.encode()], shape=(1,))
+            metadata = create_summary_metadata(display_name="", description="")
+            values.append(self._summary.Value(tag=tag, metadata=metadata, tensor=tensor))
+        self._write(step, values)
+
+    def _write(self, step: int, values: list[Any]) -> None:
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
         self._records.write(event.SerializeToString())
 
     def close(self) -> None:
@@ -350,6 +377,10 @@ def _is_before(record: Record, resumed_step: int) -> bool:
 def _line(record: Record) -> str:
     # No NaN: the loop stops a run before it would log one, and JSON has none.
     return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _shortened(text: str, longest: int = 60) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _short(number: float) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llada_train.config.errors import UserError
 from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config
+from llada_train.data.chat import prompt_ids
 from llada_train.data.opening import open_data
 from llada_train.data.sft import CACHE
 from llada_train.data.timeline import Timeline
@@ -37,6 +38,7 @@ def open_inputs(config: Config, accept_config_changes: bool = False) -> Inputs:
     with _leaving_no_cache(config):
         data = open_data(config)
         inputs = Inputs(data.config, data, RunFolder(data.config, accept_config_changes))
+        _check_samples(inputs)
         read_metrics(config.run_dir)
         return inputs
 
@@ -54,6 +56,19 @@ def _leaving_no_cache(config: Config) -> Iterator[None]:
             with suppress(OSError):  # it is not empty, or not there
                 config.run_dir.rmdir()
         raise
+
+
+def _check_samples(inputs: Inputs) -> None:
+    samples, longest = inputs.config.validation.samples, inputs.config.model.max_sequence_length
+    if samples is None:
+        return
+    template = inputs.config.sft.chat_template if inputs.config.sft else None
+    for i, ids in enumerate(prompt_ids(samples.prompts, inputs.data.tokenizer, template)):
+        if len(ids) + samples.gen_length > longest:
+            raise UserError(
+                f"validation.samples.prompts.{i}: {len(ids)} tokens and gen_length {samples.gen_length} are more than "
+                f"model.max_sequence_length {longest}; give less"
+            )
 
 
 def check_phases(config: Config, timeline: Timeline, consumed_samples: int, world_size: int) -> None:

@@ -1,27 +1,19 @@
 """`llada-train pretrain`: build what the config names, in this order, and run the loop."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from llada_train.checkpoint.manifest import Progress
-from llada_train.checkpoint.reader import naming_another
-from llada_train.checkpoint.restore import load_newest, open_together
-from llada_train.checkpoint.store import checkpoints, is_hf_folder, resolve
+from llada_train.checkpoint.restore import load_newest
+from llada_train.checkpoint.store import checkpoints
 from llada_train.checkpoint.writer import CheckpointWriter
 from llada_train.config.errors import UserError
-from llada_train.config.schema import Config
+from llada_train.convert.split import read_slices
 from llada_train.data.loader import TrainingLoader, validation
-from llada_train.data.place import Place
-from llada_train.data.sft import SftData
 from llada_train.data.training_data import TrainingData
 from llada_train.model.kernels import kernels
-from llada_train.model.sizes import MASTER
-from llada_train.model.weights import InitialWeights, Shard
+from llada_train.model.weights import InitialWeights
 from llada_train.parallel import topology
 from llada_train.parallel.engine import Engine
 from llada_train.parallel.launch import STOPPED_EXIT_CODE, outlive_launcher
@@ -31,11 +23,9 @@ from llada_train.training.loop import Trainer
 from llada_train.training.metrics import MetricsLog, plan_lines, plot_curves, warn
 from llada_train.training.preflight import Inputs, check_content, check_phases
 from llada_train.training.run_folder import RunFolder
+from llada_train.training.samples import Samples
 from llada_train.training.signals import StopRequest
 from llada_train.training.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from llada_train.training.answers import Answers
 
 
 def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: StartTimes) -> int:
@@ -90,7 +80,7 @@ def pretrain(inputs: Inputs, stop: StopRequest, watchdog: Watchdog, start: Start
             loader=TrainingLoader(ours, config, here.place),
             timeline=timeline,
             validation=validation(data, config, here.place),
-            answers=_answers(data, config, here.place),
+            samples=Samples(data, config, engine),
             run=run,
             writer=writer,
             log=log,
@@ -134,15 +124,6 @@ def _check_the_same(data: TrainingData, here: Topology) -> None:
                 )
 
 
-def _answers(data: TrainingData, config: Config, place: Place) -> "Answers | None":
-    """None: none are asked for, or no prompts are held out."""
-    if not isinstance(data, SftData) or not config.validation.answers or not sum(data.validation_counts):
-        return None
-    from llada_train.training.answers import Answers  # transformers, a second on every rank of a run that needs none
-
-    return Answers(data, config, place)
-
-
 def _draw_curves(run_dir: Path) -> None:
     """A picture that cannot be written is no reason to call a run failed."""
     try:
@@ -160,24 +141,11 @@ def _restore(run: RunFolder, engine: Engine) -> Progress:
             for change in run.accepted_changes:
                 print(f"accepted: {change}")
         return progress
-    with _initial_weights(engine.config) as read:
-        engine.set_weights(read)
-    return Progress(step=0, consumed_samples=0)
-
-
-@contextmanager
-def _initial_weights(config: Config) -> Iterator[Callable[[Shard], Tensor]]:
-    """What reads this rank's slice of a tensor, and no more of it."""
-    path = config.init_from
-    if path is None:
+    config = engine.config
+    if config.init_from is None:
         initial = InitialWeights(config.model, config.seed)
-        yield lambda shard: shard.of(initial.read(shard.name))
-    elif is_hf_folder(path):
-        from llada_train.convert.from_hf import HfWeights  # transformers takes a fifth of a start's imports
-
-        with HfWeights(path, config.model) as weights:
-            yield lambda shard: weights.read_runs(shard.name, shard.runs())
+        engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     else:
-        folder = resolve(path)
-        with naming_another(folder), open_together(folder) as checkpoint:
-            yield lambda shard: checkpoint.read_runs(shard.name, MASTER, shard.runs())
+        with read_slices(config.init_from, config.model) as read:
+            engine.set_weights(read)
+    return Progress(step=0, consumed_samples=0)

@@ -18,13 +18,11 @@ from llada_train.config.load import load_config
 from llada_train.config.schema import Config
 from llada_train.convert.plain import plain_model
 from llada_train.data.opening import open_data
-from llada_train.data.place import ALONE
 from llada_train.data.rows import PretrainingData
 from llada_train.data.sft import SftData
 from llada_train.model.weights import InitialWeights
 from llada_train.objective.forward_process import training_noise
 from llada_train.objective.keyed import Purpose, position_words, sample_words, uniform
-from llada_train.training.answers import Answers
 
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 1e-2
@@ -166,8 +164,7 @@ def plain_sft_loop(config_file: Path) -> tuple[list[float], list[float], list[tu
             total = total + F.cross_entropy(logits[mask], clean[mask], reduction="sum") / (float(p) * answer * N)
         loop.step(total)
     predicted: list[tuple[int, float]] = []
-    for asked in Answers(data, config, ALONE).asked:
-        row = torch.from_numpy(asked)
+    for row in map(torch.tensor, training_run.rows_after_prompts(data)):
         best = loop.model(row.unsqueeze(0)).logits[0].log_softmax(-1)[row == data.tokenizer.mask_id].max(-1)
         predicted += zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return loop.losses, loop.norms, predicted

@@ -4,6 +4,7 @@ It is imported once, by the process that the N are forked from.
 """
 
 import hashlib
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,14 @@ from llada_train.data.batch import Batch  # noqa: E402
 from llada_train.data.loader import TrainingLoader, validation  # noqa: E402
 from llada_train.data.opening import open_data  # noqa: E402
 from llada_train.data.sft import SftData  # noqa: E402
+from llada_train.evaluation.answers import prompts_and_responses, rows_to_fill  # noqa: E402
 from llada_train.model.weights import InitialWeights  # noqa: E402
 from llada_train.parallel.engine import Engine  # noqa: E402
 from llada_train.parallel.topology import Topology  # noqa: E402
-from llada_train.training.answers import Answers  # noqa: E402
+from llada_train.sampling.denoiser import Query  # noqa: E402
+from llada_train.sampling.options import SamplingOptions  # noqa: E402
+from llada_train.sampling.predict import Prediction  # noqa: E402
+from llada_train.sampling.split import SplitDenoiser  # noqa: E402
 
 LEARNING_RATE = 5e-4
 
@@ -63,7 +68,7 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
             results.append(engine.train_step(batches, LEARNING_RATE))
         held_out = validation(data, config, here.place)
         bounds = engine.evaluate(held_out.batches, len(held_out.t))
-        predicted = predictions(engine, data, config, here) if isinstance(data, SftData) else []
+        predicted = predictions(engine, data, config) if isinstance(data, SftData) else []
         state = digest_of_state(engine)
         CheckpointWriter(checkpoints, engine).save(Progress(step=steps, consumed_samples=steps * size))
     tensor, pipeline = (
@@ -83,12 +88,28 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
     )
 
 
-def predictions(engine: Engine, data: SftData, config: Config, here: Topology) -> list[tuple[int, float]]:
-    """After the held-out prompts, row by row."""
-    answers = Answers(data, config, here.place)
-    ids, confidence = engine.predict(answers.batches(answers.asked), answers.count, data.sequence_length)
-    masked = confidence != 0
-    return list(zip(ids[masked].tolist(), confidence[masked].tolist(), strict=True))
+def predictions(engine: Engine, data: SftData, config: Config) -> list[tuple[int, float]]:
+    """After held-out prompts, row by row; on rank 0."""
+    denoiser = SplitDenoiser(engine, data.tokenizer.mask_id, config.model.padded_vocab_size)
+    read = Prediction(SamplingOptions(rules="released"), data.tokenizer.mask_id)
+    found = denoiser.lead(lambda: denoiser(padded(rows_after_prompts(data), data.tokenizer.mask_id), read))
+    return [] if found is None else [(int(id), math.log(p)) for id, p in found.tolist()]
+
+
+def rows_after_prompts(data: SftData) -> list[list[int]]:
+    """The first five held-out prompts, with masks after them."""
+    prompts, responses = prompts_and_responses(data, data.validation_examples[:5])
+    return rows_to_fill(data, prompts, responses)
+
+
+def padded(rows: list[list[int]], mask_id: int) -> Query:
+    """What is masked in rows of several lengths, some padded on the left and some on the right, is asked for."""
+    longest, ids = max(map(len, rows)), []
+    for number, row in enumerate(rows):
+        padding = [-1] * (longest - len(row))
+        ids.append(padding + row if number % 2 else row + padding)
+    together = torch.tensor(ids)
+    return Query(together.clamp(min=0), together == mask_id, together >= 0)
 
 
 def norm_of_equal_micro_batches(config_file: Path, overrides: list[str], count: int, fault: str | None) -> float:

@@ -21,8 +21,8 @@ from llada_train.convert.load import load_plain
 from llada_train.evaluation.likelihood import log_likelihoods
 from llada_train.evaluation.suite import Suite, Task, read_suite
 from llada_train.evaluation.tasks import check_tasks
-from llada_train.sampling.denoiser import PlainDenoiser
 from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.plain import PlainDenoiser
 from llada_train.sampling.text import continue_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def offline() -> dict[str, str]:
 def test_tasks_of_the_harness_are_scored_as_by_hand(
     model: Path, local_tasks: Path, tmp_path: Path, offline: dict[str, str]
 ) -> None:
-    """Two processes share the requests; what they find is what the estimators and the sampler give by themselves."""
+    """Two processes hold the model together; they find what the estimators and the sampler give by themselves."""
     from llada_train.evaluation.harness import request_keys
 
     suite, output = tmp_path / "suite.yaml", tmp_path / "results.json"
@@ -99,9 +99,8 @@ def test_tasks_of_the_harness_are_scored_as_by_hand(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "llada_train.cli", "evaluate", model, "--suite", suite, "--include", local_tasks]
     environment = {**os.environ, **offline, "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [*torchrun, *map(str, command), "--output", str(output)], capture_output=True, text=True, env=environment
-    )
+    arguments = [*torchrun, *map(str, command), "--output", str(output), "--tensor-parallel", "2"]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = {one["task"]: one for one in json.loads(output.read_text())}
     assert set(results) == set(TASKS) and {one["documents"] for one in results.values()} == {3}
@@ -233,6 +232,12 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     monkeypatch.setattr("llada_train.convert.load.load_plain", never)
     with pytest.raises(UserError, match=re.escape(message)):
         in_process(arguments[0], model, *arguments[1:])
+
+
+def test_messages_of_another_shape(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"text": "a"}]}))
+    with pytest.raises(UserError, match="each message has a role and a content"):
+        in_process("sample", model, "--input", tmp_path / "in.jsonl")
 
 
 def test_the_shipped_suites_name_tasks_that_there_are() -> None:

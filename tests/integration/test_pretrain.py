@@ -12,10 +12,16 @@ from typing import Any
 import pytest
 from conftest import write_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
 from llada_train.checkpoint.store import FOLDER, checkpoints
+from llada_train.cli import app
+from llada_train.config.errors import UserError
 from llada_train.config.load import load_config
 from llada_train.convert.from_hf import from_hf
+from llada_train.convert.load import loaded
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.text import continue_prompts
 from llada_train.training.metrics import CURVES_FILE, TENSORBOARD_FOLDER, read_metrics
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -65,9 +71,10 @@ def test_two_processes_without_a_compiler_log_each_step_once(finished: tuple[Pat
     expected = [("train", step) for step in range(1, STEPS + 1)]
     assert [record for record in records if record[0] == "train"] == expected
     assert [record for record in records if record[0] == "validation"] == [("validation", 5), ("validation", 10)]
-    plan, *lines = output.splitlines()
+    plan, *lines, end = output.splitlines()
     assert plan.startswith("corpus ") and plan.endswith("in the run: 100.00%, 0.372 epochs")
     assert len(lines) == len(records)  # one line each, and nothing else
+    assert end.startswith(f"complete at step {STEPS}; checkpoint ")
 
     assert load_config(run / "config.yaml") == load_config(config)
     assert (run / CURVES_FILE).read_bytes().startswith(b"\x89PNG")
@@ -80,23 +87,87 @@ def test_finished_run_has_nothing_to_go_on_with(finished: tuple[Path, str]) -> N
     config, _ = finished
     run = load_config(config).run_dir
     before = [read_metrics(run), checkpoints(run / FOLDER)]
-    assert start(config) == f"resuming from {before[1][-1]} at step {STEPS}\n"
+    newest = before[1][-1]
+    assert start(config) == f"resuming from {newest} at step {STEPS}\ncomplete at step {STEPS}; checkpoint {newest}\n"
     assert [read_metrics(run), checkpoints(run / FOLDER)] == before
 
 
-def test_evaluate_gives_the_last_validation_bound(finished: tuple[Path, str], run_command: Run) -> None:
+@pytest.mark.parametrize("layout", [[], ["--processes", "2", "--tensor-parallel", "2"]], ids=["whole", "TP2"])
+def test_evaluate_gives_the_last_validation_bound(
+    layout: list[str], finished: tuple[Path, str], run_command: Run
+) -> None:
     config, _ = finished
     run = load_config(config).run_dir
-    done = run_command("llada_train.cli", "evaluate", run, "--json")
+    done = run_command("llada_train.cli", "evaluate", run, "--json", *layout)
+    assert (done.returncode, done.stderr) == (0, "")
     bound = next(r["bound"] for r in read_metrics(run) if r["kind"] == "validation" and r["step"] == STEPS)
     assert json.loads(done.stdout)["bound"]["nats_per_token"] == pytest.approx(bound, rel=1e-5)
 
 
-def test_torchrun_is_the_same_run(tiny_data: Path, tmp_path: Path, finished: tuple[Path, str]) -> None:
-    config = write_config(tiny_data, tmp_path)
+def test_torchrun_is_the_same_run_and_texts_on_the_way_change_nothing(
+    tiny_data: Path, tmp_path: Path, finished: tuple[Path, str]
+) -> None:
+    samples = {"prompts": ["the of", "and"], "interval_steps": 4, "gen_length": 6, "temperature": 1.0}
+    config = write_config(tiny_data, tmp_path, validation__samples=samples)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    start(config, launcher=torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    told = start(config, launcher=torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert losses_and_norms(config) == losses_and_norms(finished[0])
+
+    run = load_config(config).run_dir
+    written = {r["step"]: r["samples"] for r in read_metrics(run) if r["kind"] == "samples"}
+    assert list(written) == [4, 8, STEPS] and len({str(some) for some in written.values()}) == 3
+    assert 'step      10  sample after "the of": ' in told
+    with loaded(run) as model:  # what the finished run writes is what `sample` writes
+        prompts, ends = model.tokenizer.encode_batch(samples["prompts"]), [model.tokenizer.eos_id]
+        options = SamplingOptions(temperature=1.0, seed=load_config(config).seed)
+        answers = continue_prompts(model.sampler, prompts, 6, options, model.tokenizer.mask_id, ends)
+        texts = [model.tokenizer.decode(answer) for answer in answers]
+    assert written[STEPS] == [
+        {"prompt": prompt, "text": text} for prompt, text in zip(samples["prompts"], texts, strict=True)
+    ]
+    events = EventAccumulator(str(run / TENSORBOARD_FOLDER)).Reload()
+    assert events.PluginTagToContent("text").keys() == {"samples/0", "samples/1"}
+    shown = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/1")}
+    assert shown[STEPS].split("\n")[0].startswith(("    and" + texts[1]).split("\n")[0])
+
+
+def test_a_run_is_sampled_from_in_another_layout(tmp_path: Path, finished: tuple[Path, str], run_command: Run) -> None:
+    run, inputs = load_config(finished[0]).run_dir, tmp_path / "in.jsonl"
+    rows = [{"prompt": "the of and"}, {"infill": "in <|mdm_mask|><|mdm_mask|> is"}, {"prompt": "-"}]
+    inputs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--input", inputs, "--gen-length", "8", "--temperature", "0.7", "--no-eos"]
+    whole = run_command("llada_train.cli", "sample", run, *options)
+    layout = ["--processes", "4", "--tensor-parallel", "2", "--pipeline-parallel", "2"]
+    split = run_command("llada_train.cli", "sample", run, *options, *layout, "--output", tmp_path / "out.jsonl")
+    assert (split.returncode, split.stdout, split.stderr) == (0, "", "")
+    assert (tmp_path / "out.jsonl").read_text() == whole.stdout and whole.stdout.count("\n") == 3
+
+    (damaged,) = checkpoints(shutil.copytree(run / FOLDER, tmp_path / FOLDER))[-1:]
+    file = next(iter(damaged.glob("*.safetensors")))
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    done = run_command("llada_train.cli", "sample", damaged, *options, "--processes", "2", "--tensor-parallel", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {file}") and "its checksum differs" in line
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (["--tensor-parallel", "2"], "takes 2 processes for each row, but 1 was started"),
+        (["--processes", "3", "--tensor-parallel", "3"], "--tensor-parallel: model.num_heads 4"),
+        (["--processes", "5", "--pipeline-parallel", "5"], "--pipeline-parallel: 5 stages, but the model has 4 layers"),
+        (["--processes", "2", "--cache", "dual"], "--cache dual: keys and values are kept on one process only"),
+    ],
+)
+def test_layouts_that_cannot_be_are_told_before_anything_starts(
+    layout: list[str], message: str, finished: tuple[Path, str]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run = str(load_config(finished[0]).run_dir)
+        CliRunner().invoke(app, ["sample", run, "--prompt", "a", "--gen-length", "8", *layout], catch_exceptions=False)
 
 
 def test_one_process_alone_is_the_same_run(tiny_data: Path, tmp_path: Path, finished: tuple[Path, str]) -> None:

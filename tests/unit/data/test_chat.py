@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llada_train.config.errors import UserError
-from llada_train.data.chat import LLADA, PLAIN, ChatTemplate, DialogueError, Message
-from llada_train.data.tokenizer import Tokenizer
+from llada_train.data.chat import LLADA, PLAIN, ChatTemplate, DialogueError, Message, encode, names_of
+from llada_train.data.tokenizer import BOS_TOKEN, CHAT_TOKENS, Tokenizer
 
 DIALOGUE = [
     Message("system", "be brief"),
@@ -78,7 +78,10 @@ def test_no_message_can_write_a_special_token(tiny_data: Path, content: str) -> 
         with pytest.raises(DialogueError, match="U\\+E000"):
             template.prompt([Message("user", content)])
         return
-    count = sum(id in special for id in template.prompt([Message("user", content)]))
+    ids = template.prompt([Message("user", content)])
+    text = template.render([Message("user", content)], answer=True)
+    assert encode(text, tokenizer, names_of([BOS_TOKEN, *CHAT_TOKENS])) == ids
+    count = sum(id in special for id in ids)
     assert count == sum(id in special for id in template.prompt([Message("user", "a")]))
 
 

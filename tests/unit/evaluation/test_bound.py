@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llada_train.evaluation.bound import variational_bound
 from llada_train.objective.forward_process import Noise, validation_noise
+from llada_train.sampling.denoiser import every_position
 
 V, S, MASK = 3, 4, 3
 
@@ -18,7 +19,9 @@ def noise(seed: int, rows: np.ndarray) -> Noise:
 
 def test_uniform_logits_cost_ln_v() -> None:
     rows = np.random.default_rng(0).integers(0, 50, (2000, 32))
-    bound = variational_bound(lambda ids: torch.zeros(*ids.shape, 50), rows, noise(1, rows), 50, batch_size=250)
+    bound = variational_bound(
+        every_position(lambda ids: torch.zeros(*ids.shape, 50)), rows, noise(1, rows), 50, batch_size=250
+    )
     assert bound.mean == pytest.approx(math.log(50), abs=4 * bound.standard_error)
     assert bound.standard_error < 0.05
 
@@ -34,16 +37,18 @@ def test_exact_conditionals_of_a_markov_chain_give_its_entropy(seed: int) -> Non
     all_rows, p = torch.from_numpy(rows), torch.from_numpy(joint)
     one_hot = torch.nn.functional.one_hot(all_rows, V).double()
 
-    def exact(ids: Tensor) -> Tensor:
+    def logits(ids: Tensor) -> Tensor:
         fits = ((ids[:, None] == MASK) | (ids[:, None] == all_rows)).all(-1) * p  # [B, V^S]
         return torch.einsum("bn,nsv->bsv", fits / fits.sum(1, keepdim=True), one_hot).log()
 
     held_out = rows[np.random.default_rng(seed).choice(len(rows), 20_000, p=joint)]
-    bound = variational_bound(exact, held_out, noise(seed, held_out), MASK, batch_size=2_000)
+    bound = variational_bound(every_position(logits), held_out, noise(seed, held_out), MASK, batch_size=2_000)
     assert bound.mean == pytest.approx(entropy, abs=3 * bound.standard_error)
     assert bound.standard_error < 0.02 * entropy
 
-    wrong = variational_bound(lambda ids: exact(ids) / 2, held_out, noise(seed, held_out), MASK, batch_size=2_000)
+    wrong = variational_bound(
+        every_position(lambda ids: logits(ids) / 2), held_out, noise(seed, held_out), MASK, batch_size=2_000
+    )
     assert wrong.mean > entropy + 3 * wrong.standard_error
 
 
@@ -52,6 +57,7 @@ def test_only_the_noised_row_is_shown_and_batches_change_nothing() -> None:
     seen: list[Tensor] = []
     progress: list[tuple[int, int]] = []
 
+    @every_position
     def model(ids: Tensor) -> Tensor:
         seen.append(ids)
         return torch.stack([ids.double().sin() * v for v in range(V)], dim=-1)
@@ -72,6 +78,7 @@ def test_documents_are_given_to_the_model_one_by_one() -> None:
     rows = np.array([[2, 0, 2, 1, 0, 2]] * 400)
     shown: set[int] = set()
 
+    @every_position
     def model(ids: Tensor) -> Tensor:
         shown.add(ids.shape[1])
         return torch.zeros(*ids.shape, V).index_fill(-1, torch.tensor([0]), float(ids.shape[1]))
@@ -90,4 +97,4 @@ def test_documents_are_given_to_the_model_one_by_one() -> None:
 def test_no_rows() -> None:
     empty = np.empty((0, 4), np.int64)
     with pytest.raises(ValueError, match="no rows"):
-        variational_bound(lambda ids: ids, empty, noise(0, empty), MASK)
+        variational_bound(every_position(lambda ids: ids), empty, noise(0, empty), MASK)

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from reference_model import MASK, formula_model
 from scipy.stats import chisquare
 
 from llada_train.config.errors import UserError
-from llada_train.evaluation.likelihood import LogLikelihood, draws, log_likelihoods, spread
-from llada_train.sampling.denoiser import PlainDenoiser, every_position
+from llada_train.evaluation.likelihood import LogLikelihood, doubts, draws, log_likelihoods, spread
+from llada_train.sampling.denoiser import every_position
+from llada_train.sampling.plain import PlainDenoiser
 
 MODEL = PlainDenoiser(formula_model(kv_heads=2), 16)
 PAIR = ([3, 1], [5, 2, 8])
@@ -30,6 +32,13 @@ def test_estimators_have_the_exact_value_as_mean_and_know_their_error(estimator:
     # Told for independent samples: what spreads them evenly makes it smaller. The other's tail is too long for that.
     if estimator == "subset":
         assert 0.3 < values.std() / np.mean([one.standard_error for one in many]) < 1.1
+
+
+def test_estimates_that_say_little_are_told() -> None:
+    few = log_likelihoods(MODEL, [PAIR], MASK, "bernoulli", samples=8)
+    message = doubts(few, "bernoulli")
+    assert message and re.search(rf"1 of 1 .*{few[0].standard_error:.1f} nats.*estimator=subset", message)
+    assert doubts(log_likelihoods(MODEL, [PAIR], MASK, samples=128), "subset") is None
 
 
 def test_subsets_of_the_released_code() -> None:

@@ -62,7 +62,12 @@ def config_with(kv_heads: int = 2, recompute: str = "none") -> Config:
 def transformer(config: Config) -> LLaDATransformer:
     """Ours, with its initial weights."""
     weights = InitialWeights(config.model, config.seed)
-    ours = LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
+    ours = LLaDATransformer(
+        config.model,
+        transformer_config(
+            config.model, config.parallel, config.training.precision, config.training.recompute, use_cpu=True
+        ),
+    )
     with torch.no_grad():
         for shard in shards(ours, config.model):
             shard.parameter.copy_(shard.of(weights.read(shard.name)))

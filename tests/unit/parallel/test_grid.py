@@ -62,7 +62,12 @@ def process(config: Config, rank: int, world_size: int = WORLD_SIZE) -> Process:
         place = topology.initialize_groups(config.parallel)
         assert place == place_of(rank, world_size, config.parallel)  # what knows no torch knows it as well
         with torch.device("meta"):
-            model = LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
+            model = LLaDATransformer(
+                config.model,
+                transformer_config(
+                    config.model, config.parallel, config.training.precision, config.training.recompute, use_cpu=True
+                ),
+            )
         pipeline = parallel_state.get_pipeline_model_parallel_rank()
         rows, _ = place.rows(config.training.global_batch_size, config)
         return Process(

@@ -96,7 +96,12 @@ def all_masked(config: Config, share: int = 1) -> Batch:
 
 
 def transformer(config: Config) -> LLaDATransformer:
-    return LLaDATransformer(config.model, transformer_config(config, use_cpu=True))
+    return LLaDATransformer(
+        config.model,
+        transformer_config(
+            config.model, config.parallel, config.training.precision, config.training.recompute, use_cpu=True
+        ),
+    )
 
 
 def kept_and_planned(config: Config, fused_norm: bool) -> tuple[int, int]:

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from llada_train.model.hf.configuration_llada import LLaDAConfig
 from llada_train.model.hf.modeling_llada import LLaDAModelLM
-from llada_train.sampling.denoiser import PlainDenoiser
+from llada_train.sampling import denoiser
+from llada_train.sampling.denoiser import Query, Read
+from llada_train.sampling.noise import position_seeds, uniforms
 from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.plain import PlainDenoiser
+from llada_train.sampling.predict import Prediction
 from llada_train.sampling.sampler import generate
-from llada_train.sampling.schedule import step_seed
 from llada_train.sampling.text import continue_prompts, fill_rows
 
 V, MASK, EOS, EOT = 24, 23, 1, 2
@@ -43,8 +46,8 @@ def our_noise(logits: Tensor, step: int, open_: Tensor) -> Tensor:
     """The sampler's own numbers at the positions that may be committed."""
     uniform = torch.full(logits.shape, 0.5, dtype=torch.float64)
     for key, row in enumerate(open_):
-        generator = torch.Generator().manual_seed(step_seed(0, key, step))
-        uniform[key, row] = torch.rand(int(row.sum()), V, generator=generator, dtype=torch.float64)
+        columns = row.nonzero()[:, 0]
+        uniform[key, columns] = uniforms(position_seeds(0, key, step, columns - 3), V)  # all prompts have 3 tokens
     return uniform
 
 
@@ -116,6 +119,24 @@ def test_a_result_does_not_depend_on_its_batch(mode: str) -> None:
     assert len({tuple(row[-12:-1]) for row in alone}) > 2
 
 
+@pytest.mark.parametrize("mode", ["greedy", "guided", "dual"])
+def test_logits_are_held_a_piece_at_a_time(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At LLaDA's vocabulary those of a thousand positions, and their noise, are gigabytes."""
+    rows = [[*prompt, *[MASK] * 12] for prompt in PROMPTS]
+    whole = fill_rows(DENOISER, rows, MODES[mode], MASK)
+    held: list[int] = []
+    read = Prediction.__call__
+
+    def watched(self: Prediction, logits: Tensor, index: Tensor) -> Tensor:
+        held.append(logits.numel() * (2 if self.options.cfg else 1))
+        return read(self, logits, index)
+
+    monkeypatch.setattr(Prediction, "__call__", watched)
+    monkeypatch.setattr(denoiser, "PIECE", 7 * V)
+    assert fill_rows(DENOISER, rows, MODES[mode], MASK) == whole
+    assert max(held) in (6 * V, 7 * V)
+
+
 @pytest.mark.parametrize("mode", ["greedy", "drawn", "random", "dual"])
 def test_left_padding_changes_nothing(mode: str) -> None:
     longest = max(map(len, PROMPTS))
@@ -131,11 +152,11 @@ def test_a_cache_is_exact_where_no_key_can_change() -> None:
     """In one layer a position's key depends on its own token; in two layers not, and a cache's text differs."""
     prompt = torch.tensor(PROMPTS[1:2] * 6)
     for layers, exact in ((1, True), (2, False)):
-        denoiser = PlainDenoiser(random_model(layers, seed=4), V)
+        model = PlainDenoiser(random_model(layers, seed=4), V)
         options = SamplingOptions(block_length=6, temperature=1.0)
-        wanted = generate(denoiser, prompt, 12, options, MASK)
+        wanted = generate(model, prompt, 12, options, MASK)
         for cache in ("prefix", "dual"):
-            found = generate(denoiser, prompt, 12, SamplingOptions(block_length=6, temperature=1.0, cache=cache), MASK)
+            found = generate(model, prompt, 12, SamplingOptions(block_length=6, temperature=1.0, cache=cache), MASK)
             # Masks outside the block are not those that were there, but their embeddings are the same.
             assert torch.equal(found, wanted) == exact
 
@@ -168,9 +189,9 @@ def test_ends_come_last_and_cut_the_text() -> None:
         assert all(p == 0 for some in settled for _, _, id, p in some if id == EOS)
         calls: list[int] = []
 
-        def counted(query: object) -> Tensor:
+        def counted(query: Query, read: Read) -> Tensor:
             calls.append(1)
-            return DENOISER(query)  # type: ignore[arg-type]
+            return DENOISER(query, read)
 
         plain = SamplingOptions(block_length=4)
         answers = continue_prompts(counted, PROMPTS, 12, plain, MASK, [EOS])

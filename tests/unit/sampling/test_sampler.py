@@ -10,7 +10,7 @@ from scipy.stats import binom, chisquare
 from torch import Tensor
 
 from llada_train.config.errors import UserError
-from llada_train.sampling.denoiser import Query, every_position
+from llada_train.sampling.denoiser import Query, Read, every_position
 from llada_train.sampling.options import SamplingOptions
 from llada_train.sampling.sampler import generate, infill
 from llada_train.sampling.schedule import keyed_uniforms, masked_fractions, random_steps, transfer_counts
@@ -30,9 +30,9 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[Tensor] = []
 
-    def __call__(self, query: Query) -> Tensor:
+    def __call__(self, query: Query, read: Read) -> Tensor:
         self.asked.append(query.ids)
-        return by_position(query)
+        return by_position(query, read)
 
 
 def no_mask(logits: Tensor) -> Tensor:

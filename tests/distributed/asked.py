@@ -1,0 +1,54 @@
+"""What a model is asked, whole or split: texts by every way of sampling, likelihoods, a bound."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import training_run  # noqa: F401 - quiets the engines before they are imported
+
+import numpy as np  # isort: skip
+from llada_train.config.schema import ParallelConfig
+from llada_train.convert.load import Loaded, loaded
+from llada_train.evaluation.bound import variational_bound
+from llada_train.evaluation.likelihood import log_likelihoods
+from llada_train.objective.forward_process import validation_noise
+from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.text import continue_prompts, fill_rows
+
+WAYS = {
+    "greedy": SamplingOptions(),
+    "drawn": SamplingOptions(6, temperature=1.0, block_length=6, seed=3),
+    "guided": SamplingOptions(6, temperature=0.5, cfg=0.5),
+    "random": SamplingOptions(4, remasking="random", temperature=1.0),
+    "threshold": SamplingOptions(block_length=6, threshold=0.02),
+}
+PROMPTS = [[5, 6], [7, 3, 9, 11, 4], [8], [9, 9, 3, 5], [4, 12, 5, 5, 5, 5, 20]]
+PAIRS = [([3, 1], [5, 2, 8]), ([4], [1]), ([9] * 7, [3, 2, 1, 0])]
+
+
+def answers(model: Loaded) -> dict[str, Any]:
+    mask_id, eos_id = model.tokenizer.mask_id, model.tokenizer.eos_id
+    found: dict[str, Any] = {
+        name: continue_prompts(model.sampler, PROMPTS, 12, options, mask_id, [eos_id], batch_size=4)
+        for name, options in WAYS.items()
+    }
+    holes = [[5, mask_id, 7, mask_id, mask_id, 9], [mask_id, 6, mask_id]]
+    found["infilling"] = fill_rows(model.sampler, holes, WAYS["drawn"], mask_id)
+    for cfg in (0.0, 0.5):
+        scores = log_likelihoods(model.scorer, PAIRS, mask_id, samples=9, seed=5, cfg=cfg, batch_size=7)
+        found[f"likelihoods {cfg}"] = [one.value for one in scores]
+    rows = np.random.default_rng(0).integers(0, 200, (6, 16))
+    noise = validation_noise(1, [len(rows)], 16, epsilon=1e-3)
+    found["bound"] = variational_bound(model.scorer, rows, noise, mask_id, lambda row: (4, 12)).mean
+    return found
+
+
+def drawn(model: Loaded) -> list[list[int]]:
+    mask_id = model.tokenizer.mask_id
+    return continue_prompts(model.sampler, PROMPTS, 12, WAYS["drawn"], mask_id, [model.tokenizer.eos_id])
+
+
+def ask(path: Path, parallel: dict[str, int | bool], what: Callable[[Loaded], Any] = answers) -> Any:
+    """On one of N processes."""
+    with loaded(path, ParallelConfig.model_validate(parallel)) as model:
+        return model.lead(lambda: what(model))

@@ -1,0 +1,59 @@
+"""A model that is split over processes writes and scores as the exported one does on one process."""
+
+from pathlib import Path
+from typing import Any
+
+import asked
+import processes
+import pytest
+from hf_folders import checkpoint, export, released_folder
+
+from llada_train.config.schema import ModelConfig
+from llada_train.convert.load import loaded
+
+SIZES = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 48, "vocab_size": 300, "num_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that two tensor-parallel ranks saved."""
+    processes.start()
+    folder = tmp_path_factory.mktemp("split") / "step-00000001"
+    checkpoint(folder, ModelConfig(**SIZES, num_kv_heads=2), tiny_data / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(saved: Path) -> dict[str, Any]:
+    export(saved, saved.parent / "hf", "fp32")
+    with loaded(saved.parent / "hf") as whole:
+        found = asked.answers(whole)
+    assert len({str(found[name]) for name in asked.WAYS}) == len(asked.WAYS)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "parallel"),
+    [
+        (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+        (4, {"tensor_parallel": 2, "sequence_parallel": True}),
+    ],
+    ids=["TP2-PP2", "DP2-TP2-SP"],
+)
+def test_a_split_model_answers_as_the_exported_one(
+    saved: Path, expected: dict[str, Any], count: int, parallel: dict[str, int | bool]
+) -> None:
+    first, *others = processes.run(count, asked.ask, saved, parallel)
+    assert not any(others)
+    for name, value in expected.items():
+        if name.startswith(("likelihoods", "bound")):
+            assert first[name] == pytest.approx(value, abs=1e-5), name
+        else:
+            assert first[name] == value, name
+
+
+def test_a_released_model_is_split_as_it_is(tmp_path: Path) -> None:
+    released_folder(tmp_path / "hf")
+    with loaded(tmp_path / "hf") as whole:
+        expected = asked.drawn(whole)
+    assert processes.run(2, asked.ask, tmp_path / "hf", {"pipeline_parallel": 2}, asked.drawn) == [expected, None]
