@@ -6,10 +6,12 @@ holds. Shapes: H hidden size, F feed-forward; S positions, B rows, D head size.
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,9 @@ def _missing(name: str, gpu: bool) -> str | None:
         compiler = os.environ.get("CC", "gcc") if gpu else os.environ.get("CXX", "g++")  # Triton's launchers are in C
         if shutil.which(compiler) is None:
             return f"a compiler, and there is no {compiler} on PATH (apt-get install g++, or set CC and CXX)"
+        header = Path(sysconfig.get_path("include"), "Python.h")  # what is compiled is called from Python
+        if not header.is_file():
+            return f"Python's headers, and there is no {header} (apt-get install python3-dev)"
     if name == "liger":
         if not gpu:
             return "a GPU"

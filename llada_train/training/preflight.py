@@ -13,6 +13,7 @@ from llada_train.data.opening import open_data
 from llada_train.data.sft import CACHE
 from llada_train.data.timeline import Timeline
 from llada_train.data.training_data import TrainingData
+from llada_train.parallel.launch import world_size
 from llada_train.training.metrics import read_metrics
 from llada_train.training.run_folder import RunFolder
 
@@ -44,9 +45,9 @@ def open_inputs(config: Config, accept_config_changes: bool = False) -> Inputs:
 
 @contextmanager
 def _leaving_no_cache(config: Config) -> Iterator[None]:
-    """A run folder as it was, if the run is refused."""
+    """A run folder as it was, if the run is refused; one of several processes leaves what the others may be reading."""
     cache = config.run_dir / CACHE
-    there = cache.exists()
+    there = cache.exists() or world_size() > 1
     try:
         yield
     except UserError:

@@ -31,7 +31,6 @@ class RunFolder:
         self.checkpoints = self.path / FOLDER
         self._stored = self.path / CONFIG_FILE
         found = newest_manifest(self.checkpoints)
-        self.used = found is not None
         self.accepted_changes: list[str] = []
         self.corpora: tuple[CorpusIdentity, ...] = ()  # that the run was trained on
         self.progress: Progress | None = None  # as its newest checkpoint says

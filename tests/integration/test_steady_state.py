@@ -68,4 +68,4 @@ def test_a_thousand_steps_take_no_more_memory(
     grown = {step: size - at[SETTLED] for step, size in at.items() if step > SETTLED}
     assert grown[STEPS] < GROWTH, {step: f"{size / 2**20:.1f} MiB" for step, size in grown.items()}
     last = [record for record in read_metrics(inputs.config.run_dir) if record["kind"] == "train"][-1]
-    assert 0 < last["step_seconds_median"] <= last["step_seconds_p99"]
+    assert 0 < last["step_seconds_median"] < last["step_seconds_p99"]

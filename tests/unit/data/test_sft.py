@@ -287,6 +287,21 @@ def test_packed_samples_fit_with_the_padding_that_they_learn(make: Make, tmp_pat
         assert max(filled) <= 64 and sum(filled) == sum(lengths)
 
 
+def test_a_batch_is_packed_as_large_as_when_it_was_trained_on(make: Make, tmp_path: Path) -> None:
+    """A run of batches of 16 that went on with batches of 8: what a step reads follows from its place alone."""
+    path, sft = lines(tmp_path / "set.jsonl", PAIRS), {"rows": "packed", "cache": str(tmp_path / "cache")}
+    before = make(path, sft=sft)
+    now = make(path, sft=sft, training__global_batch_size=8)
+    data = now.at(now.timeline_after(before.timeline.begun(16), 16))
+    for first, size in [(0, 16), (16, 8), (24, 8)]:
+        numbers = range(first, first + size)
+        assert sorted(chain.from_iterable(data.packing(first))) == list(numbers)
+        alone = before if size == 16 else now
+        assert data.packing(first) == alone.packing(first)
+        weights = [sample.loss_weight for sample in data.samples(first, numbers)]
+        assert weights == [sample.loss_weight for sample in alone.samples(first, numbers)]
+
+
 def test_packed_rows_are_few_and_told(make: Make, tmp_path: Path) -> None:
     """More ranks than rows are left with rows that only fill up; what the user is told is what the loader does."""
     wide = {"model__max_sequence_length": 256, "data__sequence_length": 256}

@@ -1,6 +1,7 @@
 """The sets of kernels compute the same; a set that cannot be had is a mistake that is told."""
 
 import shutil
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,12 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert kernels("auto", CPU) is TORCH
 
 
-def test_auto_compiles_on_a_gpu_that_has_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_compiles_on_a_gpu_that_has_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: name == "triton")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=rf"compile needs Python's headers, and there is no {tmp_path}/Python\.h"):
+        kernels("compile", CPU)
+    assert kernels("auto", torch.device("cuda")) is TORCH
+    (tmp_path / "Python.h").touch()
     assert kernels("auto", torch.device("cuda")) is kernels("compile", torch.device("cuda")) is not TORCH

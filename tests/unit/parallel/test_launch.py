@@ -105,12 +105,31 @@ def test_signals_go_on_to_every_worker(tmp_path: Path, number: signal.Signals) -
     assert all(map(gone, workers))
 
 
-def test_workers_of_a_killed_launcher_stop(tmp_path: Path) -> None:
-    launcher = in_its_own_process(2, worker(STOPS, tmp_path))
-    workers = started(tmp_path, 2)
+@pytest.mark.parametrize("joined", [False, True])
+def test_workers_of_a_killed_launcher_stop(tmp_path: Path, joined: bool) -> None:
+    """Only those that have joined the others are asked to, and may save; one that could not hear is killed."""
+    script = (
+        RANK
+        + f"""
+from llada_train.parallel.launch import outlive_launcher
+def save(*_):
+    Path(sys.argv[2], str(rank)).touch()
+    os._exit(75)
+signal.signal(signal.SIGTERM, save)
+if {joined}: outlive_launcher()
+Path(sys.argv[1], str(rank)).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    )
+    places, saved = tmp_path / "places", tmp_path / "saved"
+    places.mkdir()
+    saved.mkdir()
+    launcher = in_its_own_process(2, worker(script, places, saved))
+    workers = started(places, 2)
     launcher.kill()
     launcher.wait(timeout=30)
     assert all(map(gone, workers))
+    assert len(list(saved.iterdir())) == (2 if joined else 0)
 
 
 def test_a_signal_that_meets_a_worker_which_does_not_listen_yet_stops_the_run(tmp_path: Path) -> None:

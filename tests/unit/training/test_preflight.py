@@ -1,6 +1,7 @@
 """What is found at fault before anything starts."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llada_train.convert.from_hf import from_hf
 from llada_train.data.corpus import Corpus
 from llada_train.data.corpus_writer import CorpusWriter
 from llada_train.data.rows import PretrainingData
+from llada_train.data.sft import CACHE
 from llada_train.data.timeline import Timeline
 from llada_train.training.initial import check_initial_weights
 from llada_train.training.preflight import check_corpora, check_phases, open_inputs
@@ -77,7 +79,9 @@ def test_imported_weights_have_to_fit_model_and_tokenizer(
     check_initial_weights(other)
 
 
-def test_a_refused_sft_run_leaves_the_folder_as_it_was(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_refused_sft_run_leaves_the_folder_as_it_was(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokenized data sets are kept where they were before; what does not hang on them is found at fault before."""
     path, run = write_config(tiny_data, tmp_path, **sft_settings(tiny_data)), tmp_path / "run"
     pairs = f"{{path: {tiny_data}/pairs.jsonl, validation_documents: 200}}"
@@ -90,6 +94,11 @@ def test_a_refused_sft_run_leaves_the_folder_as_it_was(tiny_data: Path, tmp_path
         with pytest.raises(UserError, match=told):
             sft(path, overrides, processes=1)
         assert not run.exists()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=refused[0][1]):
+        patch.setenv("WORLD_SIZE", "2")  # the other one may be reading it
+        open_inputs(load_config(path, refused[0][0]))
+    assert any((run / CACHE).iterdir())
+    shutil.rmtree(run)
     open_inputs(load_config(path))
     made = sorted(run.rglob("*"))
     for overrides, told in refused:
