@@ -19,8 +19,14 @@ from llada_train.config.load import load_config
 from llada_train.data.timeline import Timeline
 from llada_train.training.metrics import METRICS_FILE, read_metrics
 
-TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
-TIMINGS |= {"step_seconds_median", "step_seconds_p99"}
+TIMINGS = {
+    "tokens_per_second",
+    "model_flops_per_second",
+    "data_wait_seconds",
+    "step_seconds",
+    "step_seconds_median",
+    "step_seconds_p99",
+}
 PATIENCE = 240.0  # seconds for anything that has to happen, on a machine with other things to do
 
 Record = dict[str, Any]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_config
+from disturbed import TIMINGS
 
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import FOLDER, checkpoints
@@ -19,8 +20,6 @@ from llada_train.training.metrics import read_metrics
 from llada_train.training.run_folder import lock
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
-TIMINGS |= {"step_seconds_median", "step_seconds_p99"}
 
 # As `llada-train pretrain`, but the disk takes no file larger than 100 kB while steps FIRST … LAST are trained.
 FULL_FOR_A_WHILE = """

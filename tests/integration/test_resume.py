@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import sft_settings, write_config
+from disturbed import TIMINGS
 
 from llada_train.checkpoint.reader import Checkpoint
 from llada_train.checkpoint.store import FOLDER, LATEST, checkpoints
@@ -22,8 +23,6 @@ from llada_train.training.run_folder import RunFolder
 STEPS = 20
 TOKENS_PER_STEP = 16 * 32
 PHASES = [{"until_tokens": 4 * TOKENS_PER_STEP, "end": 2e-3}, {"until_tokens": STEPS * TOKENS_PER_STEP, "end": 1e-3}]
-TIMINGS = {"tokens_per_second", "model_flops_per_second", "data_wait_seconds", "step_seconds"}
-TIMINGS |= {"step_seconds_median", "step_seconds_p99"}
 
 Record = dict[str, Any]
 
