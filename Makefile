@@ -19,9 +19,9 @@ demo: $(INSTALLED) ## Text to tokens to a trained model that fills in masks, in 
 demo-sft: $(INSTALLED) ## Pairs to a model that answers held-out questions, in a few minutes on two cores
 	$(BIN)/python demo/sft.py
 
-# Two tests at a time, since they wait much; the tests of one file share what they start.
+# Three tests at a time, since they wait much; the tests of one file share what they start.
 test: $(INSTALLED) ## Run every test
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 soak: $(INSTALLED) ## Every layout of up to 8 processes, and a run that is killed 50 times: hours on two cores
 	$(BIN)/pytest tests/distributed/test_layouts.py tests/integration/test_resume.py --every-layout
