@@ -62,6 +62,9 @@ def to_hf(
 
     Example: llada-train convert to-hf runs/demo/train hf
     """
+    from llada_train.checkpoint.store import resolve
+
+    resolve(source)  # before the slow imports
     from llada_train.checkpoint.reader import Checkpoint, open_verified
     from llada_train.convert.to_hf import check_export
     from llada_train.convert.to_hf import to_hf as write

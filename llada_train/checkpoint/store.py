@@ -130,6 +130,15 @@ def resolve(path: Path) -> Path:
     return found[-1]
 
 
+def check_model(path: Path) -> None:
+    """
+    Raises:
+        UserError: it is no Hugging Face folder, and `resolve` finds no checkpoint.
+    """
+    if not is_hf_folder(path):
+        resolve(path)
+
+
 def expired(folders: Sequence[Path], keep: int, keep_every_steps: int | None) -> list[Path]:
     """Of checkpoints, oldest first, those that are neither among the `keep` newest nor of a step to keep for ever."""
     return [path for path in folders[:-keep] if keep_every_steps is None or step_of(path) % keep_every_steps]

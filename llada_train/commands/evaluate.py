@@ -72,6 +72,9 @@ def evaluate(
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: no folder {path.parent}; make it first")
+    from llada_train.checkpoint.store import check_model
+
+    check_model(source)  # before the slow imports
     if tasks is not None or suite is not None:
         measure = _tasks(_suite(tasks, suite, shots, chat, setting or []), include, limit, run_code)
     elif text is not None:

@@ -100,6 +100,9 @@ def sample(
     for path in (output, trace):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: no folder {path.parent}; make it first")
+    from llada_train.checkpoint.store import check_model
+
+    check_model(model)  # before the slow imports
     from llada_train.convert.load import describe
     from llada_train.data.tokenizer import CHAT_TOKENS
     from llada_train.parallel.launch import world_size

@@ -96,7 +96,8 @@ def _open_inputs(
 
     settings = load_config(config, overrides, processes)
     if kind != settings.command:
-        has = "no section `sft`" if settings.sft is None else "a section `sft`"
-        raise UserError(f"{config}: has {has}; run it with `llada-train {settings.command}`")
+        if settings.sft is None:
+            raise UserError(f"{config}: has no section sft; add `sft: {{}}`, or run it with `llada-train pretrain`")
+        raise UserError(f"{config}: has a section sft; run it with `llada-train sft`")
     check_initial_weights(settings)
     return open_inputs(settings, accept_config_changes)

@@ -66,8 +66,8 @@ def template_source(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(TEMPLATES)
-        raise UserError(f"sft.chat_template {name}: neither {known} nor a file that can be read: {error}") from None
+        known, reason = ", ".join(TEMPLATES), getattr(error, "strerror", None) or "not valid UTF-8"
+        raise UserError(f"sft.chat_template {name}: neither {known} nor a file that can be read: {reason}") from None
 
 
 def names_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -53,7 +53,8 @@ def files_of(path: Path) -> list[Path]:
         if file.suffix in SUFFIXES and file.name not in _OTHER_FILES and not file.name.startswith((".", "cache-"))
     )
     if not found:
-        raise UserError(f"{path}: no data set: give a file, a pattern or a folder of {', '.join(SUFFIXES)}")
+        fault = "no data set" if path.exists() or glob.has_magic(str(path)) else "no such file or folder"
+        raise UserError(f"{path}: {fault}; give a file, a pattern or a folder of {', '.join(SUFFIXES)}")
     # As `datasets` and its hub name them: train-00000-of-00002.parquet, train/data-00000-of-00001.arrow.
     kept = (path / "dataset_dict.json").exists()
     splits = sorted({file.parent.name if kept else match[1] for file in found if (match := _SHARD.match(file.name))})
@@ -131,9 +132,15 @@ class Records:
         """
         self.path = path
         self.files = files_of(path)
-        first = next((record for _, record in self._objects(lambda size: None) if isinstance(record, dict)), None)
-        if first is None:
-            raise UserError(f"{path}: no record can be read; give .jsonl, .parquet, .arrow or a list in .json")
+        refused: list[str] = []
+        for place, record in self._objects(lambda size: None):
+            if not isinstance(record, Rejection):
+                first = record
+                break
+            refused.append(f"{place}: {record.reason}")
+        else:
+            because = refused[0] if refused else "empty"
+            raise UserError(f"{path}: no record in it ({because}); give .jsonl, .parquet, .arrow or a list in .json")
         found = columns or recognised(first)
         if found is None or not found.keys - {found.input, found.system} <= first.keys():
             keys = ", ".join(first)

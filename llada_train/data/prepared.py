@@ -41,14 +41,15 @@ class Summary(BaseModel):
 
 
 class PreparedSet:
-    def __init__(self, settings: CorpusConfig, sft: SftConfig, cache: Path, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, settings: CorpusConfig, sft: SftConfig, template: ChatTemplate, cache: Path, tokenizer: Tokenizer
+    ) -> None:
         """Open it, or make it first; where several processes want to, one does and the others wait.
 
         Raises:
             UserError: there is no such data set, its shape is not known, a record is unusable and that is an error,
                 none is usable, or the cache cannot be written.
         """
-        template = ChatTemplate(sft.chat_template, tokenizer)
         records = Records(Path(settings.path), settings.columns)
         key = _fingerprint(records, template, sft, tokenizer)
         folder = cache / f"{re.sub(r'[^-.0-9A-Za-z]', '_', Path(settings.path).stem)}-{key[:16]}"

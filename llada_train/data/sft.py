@@ -15,9 +15,9 @@ from functools import cached_property
 
 import numpy as np
 
-from llada_train.config.errors import UserError
+from llada_train.config.errors import UserError, under_key
 from llada_train.config.schema import Config, CorpusConfig, LearningRatePhase, SftConfig
-from llada_train.data.chat import TEMPLATES, template_source
+from llada_train.data.chat import TEMPLATES, ChatTemplate, template_source
 from llada_train.data.corpus import CorpusIdentity
 from llada_train.data.order import BlockIndex
 from llada_train.data.packing import first_fit_decreasing
@@ -116,7 +116,11 @@ class SftData(TrainingData):
         assert config.sft is not None
         self._sft = config.sft
         cache = config.sft.cache or config.run_dir / CACHE
-        self._prepared = [PreparedSet(corpus, config.sft, cache, self.tokenizer) for corpus in config.data.corpora]
+        template = ChatTemplate(config.sft.chat_template, self.tokenizer)
+        self._prepared: list[PreparedSet] = []
+        for number, corpus in enumerate(config.data.corpora):
+            with under_key(f"data.corpora.{number}"):
+                self._prepared.append(PreparedSet(corpus, config.sft, template, cache, self.tokenizer))
         self.corpora = [prepared.corpus for prepared in self._prepared]
         self._examples = [
             _Examples(c, prepared, config.sft, self.sequence_length) for c, prepared in enumerate(self._prepared)

@@ -43,7 +43,7 @@ def kernels(name: str, device: torch.device) -> Kernels:
     if name == "auto":
         name = "compile" if gpu and _missing("compile", gpu) is None else "torch"
     if (missing := _missing(name, gpu)) is not None:
-        raise UserError(f"training.kernels {name} needs {missing}; or set it to auto or torch")
+        raise UserError(f"training.kernels: {name} needs {missing}; auto and torch work without it")
     made: dict[str, Callable[[], Kernels]] = {"torch": lambda: TORCH, "compile": _compiled, "liger": _liger}
     return made[name]()
 

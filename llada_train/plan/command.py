@@ -57,7 +57,7 @@ def plan(
 
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: is a share of the peak, more than 0 and at most 1; for example 0.4")
-    machine = Machine(gpu.lower(), chip_called(gpu), nodes, _gpus_per_node(cluster))
+    machine = Machine(gpu.upper(), chip_called(gpu), nodes, _gpus_per_node(cluster))
     if search:
         # The layout is what is looked for: the file's own need not divide these GPUs.
         keep = {text.partition("=")[0] for text in overrides or []}

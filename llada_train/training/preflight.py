@@ -1,8 +1,5 @@
 """What can be found at fault before any process of a run has started. Imports no torch."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from llada_train.config.errors import UserError
@@ -10,10 +7,8 @@ from llada_train.config.rules import check_world_size, cross_section_problems
 from llada_train.config.schema import Config
 from llada_train.data.chat import prompt_ids
 from llada_train.data.opening import open_data
-from llada_train.data.sft import CACHE
 from llada_train.data.timeline import Timeline
 from llada_train.data.training_data import TrainingData
-from llada_train.parallel.launch import world_size
 from llada_train.training.metrics import read_metrics
 from llada_train.training.run_folder import RunFolder
 
@@ -30,32 +25,18 @@ class Inputs:
 def open_inputs(config: Config, accept_config_changes: bool = False) -> Inputs:
     """Open everything that the config names; nothing is written but the cache of tokenized data sets of an SFT run.
 
-    What is refused leaves no cache in the run's folder where none was.
+    That stays if the run is refused: tokenizing them may have taken hours.
 
     Raises:
         UserError: data, tokenizer or run folder are at fault.
     """
-    with _leaving_no_cache(config):
-        data = open_data(config)
-        inputs = Inputs(data.config, data, RunFolder(data.config, accept_config_changes))
-        _check_samples(inputs)
-        read_metrics(config.run_dir)
-        return inputs
-
-
-@contextmanager
-def _leaving_no_cache(config: Config) -> Iterator[None]:
-    """A run folder as it was, if the run is refused; one of several processes leaves what the others may be reading."""
-    cache = config.run_dir / CACHE
-    there = cache.exists() or world_size() > 1
-    try:
-        yield
-    except UserError:
-        if not there:
-            shutil.rmtree(cache, ignore_errors=True)
-            with suppress(OSError):  # it is not empty, or not there
-                config.run_dir.rmdir()
-        raise
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise UserError(f"run_dir: {config.run_dir}: is a file; give a folder")
+    data = open_data(config)
+    inputs = Inputs(data.config, data, RunFolder(data.config, accept_config_changes))
+    _check_samples(inputs)
+    read_metrics(config.run_dir)
+    return inputs
 
 
 def _check_samples(inputs: Inputs) -> None:

@@ -24,7 +24,7 @@ def test_a_run_from_pairs_to_a_chat_model_and_on_from_there(
     (tmp_path / "first").mkdir()
     config = write_config(tiny_data, tmp_path / "first", **settings)
     wrong = run_command("llada_train.cli", "pretrain", config)
-    assert wrong.returncode == 2 and "has a section `sft`; run it with `llada-train sft`" in wrong.stderr
+    assert wrong.returncode == 2 and "has a section sft; run it with `llada-train sft`" in wrong.stderr
 
     done = run_command("llada_train.cli", "sft", config, "--processes", 2)
     assert (done.returncode, done.stderr) == (0, "")

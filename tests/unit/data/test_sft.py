@@ -123,6 +123,24 @@ def test_one_split_of_a_data_set_is_read(make: Make, tmp_path: Path, saved: bool
     assert sum(make(folder / "train" if saved else folder / "train*").blocks_per_corpus) == 22
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, r"corpora\.0: .*set\.jsonl: no such file or folder; give"),
+        (b"", r"corpora\.0: .*set\.jsonl: no record in it \(empty\)"),
+        (b"\xff\n", r"no record in it \(.*set\.jsonl, line 1: not valid UTF-8\)"),
+        (b"[1, 2]\n", r"no record in it \(.*set\.jsonl, line 1: "),
+    ],
+)
+def test_a_set_without_records_is_told(tiny_data: Path, tmp_path: Path, content: bytes | None, told: str) -> None:
+    path = tmp_path / "set.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    settings = {**sft_settings(tiny_data), "data__corpora": [{"path": str(path)}]}
+    with pytest.raises(UserError, match=told):
+        SftData(load_config(write_config(tiny_data, tmp_path, **settings)))
+
+
 def test_columns_are_told_where_they_are_not_known(make: Make, tmp_path: Path) -> None:
     records = [{"q": "the", "a": "of", "s": "in"} for _ in range(24)]
     path = lines(tmp_path / "set.jsonl", records)

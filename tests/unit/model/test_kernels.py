@@ -34,9 +34,9 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(UserError, match=r"training\.kernels compile needs a compiler, and there is no g\+\+ on PATH"):
+    with pytest.raises(UserError, match=r"training\.kernels: compile needs a compiler, and there is no g\+\+ on PATH"):
         kernels("compile", CPU)
-    with pytest.raises(UserError, match=r"training\.kernels liger needs a GPU; or set it to auto or torch"):
+    with pytest.raises(UserError, match=r"training\.kernels: liger needs a GPU; auto and torch work without it"):
         kernels("liger", CPU)
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"liger-kernel, which is not installed \(pip install liger-kernel\)"):
