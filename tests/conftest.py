@@ -33,7 +33,7 @@ settings.load_profile("any machine")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-layout", action="store_true", help="the layout matrix over all layouts, not a choice")
-    parser.addoption("--kills", type=int, help="kill a run so many times, and report; the suite does it five times")
+    parser.addoption("--kills", type=int, help="kill a run so many times, and report; the suite does it three times")
 
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "his", "they"]

@@ -200,7 +200,7 @@ def trainer_of_ten_steps(
         loader=SimpleNamespace(iterate=batches),  # type: ignore[arg-type]
         timeline=Timeline(config),
         validation=Validation([], np.empty(0), {}),
-        answers=None,
+        samples=SimpleNamespace(),  # type: ignore[arg-type]
         run=SimpleNamespace(checkpoints=config.run_dir),  # type: ignore[arg-type]
         writer=SimpleNamespace(start=save, save=save, settle=lambda: None, pending=False, writing=False),  # type: ignore[arg-type]
         log=None,

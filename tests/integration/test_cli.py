@@ -38,11 +38,11 @@ def test_every_command_explains_itself(run_command: Run, command: str) -> None:
     ("arguments", "message"),
     [
         (["pretrain", "no-such.yaml"], "no-such.yaml: no such config file"),
-        (["convert", "to-hf", "nowhere", "out"], "nowhere: neither a checkpoint"),
+        (["convert", "to-hf", "nowhere", "out"], "nowhere: no such folder"),
         (["convert", "from-hf", "nowhere", "out"], "nowhere: no such folder"),
-        (["sample", "nowhere", "--prompt", "a"], "nowhere: neither a checkpoint"),
+        (["sample", "nowhere", "--prompt", "a"], "nowhere: no such folder"),
         (["sample", "nowhere"], "give either --prompt or --infill"),
-        (["evaluate", "nowhere"], "nowhere: neither a checkpoint"),
+        (["evaluate", "nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(run_command: Run, arguments: list[str], message: str) -> None:

@@ -97,7 +97,7 @@ def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_killed_at_random_moments_it_is_the_undisturbed_run(
     tiny_data: Path, tmp_path: Path, undisturbed: Path, request: pytest.FixtureRequest, kind: str
 ) -> None:
-    kills, steps, expected, settings = 5, STEPS, undisturbed, {}
+    kills, steps, expected, settings = 3, STEPS, undisturbed, {}
     soak = request.config.getoption("kills")
     if soak is not None:
         kills, steps = soak, 12 * soak  # no kill takes it further than that

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, SubmittedRun
-from conftest import write_config
+from conftest import sft_settings, write_config
 from disturbed import assert_same_run, last_step, saved_step
 
 from llada_train.cluster.job import EXCLUDED_FILE
@@ -125,14 +125,15 @@ def test_a_hang_and_a_node_that_dies(
 
 
 def test_a_bad_node_is_left_out(slurm: Cluster, tiny_data: Path, tmp_path: Path) -> None:
-    """Its local disk is full. With a spare the job goes on without it; else it waits for other nodes."""
+    """Its local disk is full. With a spare the job, of fine-tuning, goes on without it; else it waits for others."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     scratch.chmod(0o777)
     slurm.run(*slurm.on_node("n1", "mount", "-t", "tmpfs", "-o", "size=64k", "none", scratch))
     site = ("cluster.spares=1", f"cluster.local_scratch={scratch}", "cluster.health.min_free_disk_gb=0.00001")
     try:
-        run = SubmittedRun(slurm, new_run(tiny_data, tmp_path / "spare", steps=5), 1, *site)
+        phases = {"optimizer__learning_rate": [{"until_steps": 5, "end": 1e-3}]}
+        run = SubmittedRun(slurm, new_run(tiny_data, tmp_path / "spare", **sft_settings(tiny_data), **phases), 1, *site)
         assert run.end() == "COMPLETED", run.logs()
         assert run.status()["hosts"] == ["n2"] and last_step(run.folder) == 5
         (reason,) = run.status()["left_out"]["n1"]
