@@ -6,6 +6,7 @@ from typing import Any
 import asked
 import processes
 import pytest
+from conftest import write_config
 from hf_folders import checkpoint, export, released_folder
 
 from llada_train.config.schema import ModelConfig
@@ -57,3 +58,10 @@ def test_a_released_model_is_split_as_it_is(tmp_path: Path) -> None:
     with loaded(tmp_path / "hf") as whole:
         expected = asked.drawn(whole)
     assert processes.run(2, asked.ask, tmp_path / "hf", {"pipeline_parallel": 2}, asked.drawn) == [expected, None]
+
+
+def test_ranks_take_what_rank_0_found_and_are_refused_together(saved: Path, expected: dict[str, Any]) -> None:
+    """A run that goes on may save a checkpoint between the looks of two ranks."""
+    found = processes.run(2, asked.ask_what_rank_0_found, saved, {"tensor_parallel": 2})
+    assert found == [expected["drawn"], None]
+    assert processes.run(2, asked.refusal, saved, {}) == ["refused", "refused"]
