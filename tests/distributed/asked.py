@@ -83,3 +83,22 @@ def refusal(path: Path, parallel: dict[str, int | bool]) -> str:
     except UserError as error:
         return str(error)
     return "nothing"
+
+
+def texts_on_the_way(config_file: Path, overrides: list[str]) -> tuple[list[tuple[str, str]] | None, int]:
+    """Of an engine that has not trained yet; and how many rows the largest of its forward passes had."""
+    config = load_config(config_file, overrides, topology.world_size())
+    here = topology.initialize(config.parallel)
+    engine = training_run.initial_engine(config, here)
+    rows, hidden = [], engine.hidden
+
+    def watched(batches: list[Batch]) -> list[Tensor]:
+        rows.extend(len(batch.input_ids) for batch in batches)
+        return hidden(batches)
+
+    with mock.patch.object(engine, "hidden", watched):
+        prompts = ["the", "of", "and the of", "to", "in", "is"]
+        wanted = SamplesConfig(prompts=prompts, gen_length=3, temperature=1.0)
+        texts = Samples(open_data(config), config, engine).texts(wanted)
+    topology.shutdown()
+    return texts, max(rows)
