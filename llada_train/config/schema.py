@@ -302,7 +302,7 @@ class TrainingConfig(Section):
     hang_timeout_seconds: Annotated[float, Field(gt=0, le=604_800)] = Field(
         default=1800,
         description="a rank that makes no progress for so long prints its stacks and the run ends; has to cover "
-        "start-up, one step, one validation and one save, each by itself",
+        "start-up, one step, one validation with its answers, one writing of samples and one save, each by itself",
     )
     replica_check_interval_steps: PositiveInt | None = Field(
         default=None,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llada_train.config.errors import UserError
 from llada_train.data.sft import Example, SftData
@@ -47,7 +48,7 @@ def answers_report(
     answered = answer(denoiser, data, examples, batch_size, on_progress)
     decode = data.tokenizer.decode
     samples = tuple((decode(one.prompt), decode(one.response), decode(one.answer)) for one in answered[:5])
-    return AnswersReport(len(examples), _bound(denoiser, data), sum(one.exact for one in answered), samples)
+    return AnswersReport(len(examples), _bound(denoiser, data, batch_size), sum(one.exact for one in answered), samples)
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,17 @@ def until(eos_id: int, ids: list[int]) -> list[int]:
     return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
-def _bound(denoiser: Denoiser, data: SftData) -> float:
+def _bound(denoiser: Denoiser, data: SftData, batch_size: int) -> float:
     """Σ weight · NLL over the validation rows, whose weights are normalised over all of them."""
     total = 0.0
-    for sample in data.validation_samples(range(len(data.validation_examples))):
-        clean, mask = torch.from_numpy(sample.tokens), torch.from_numpy(sample.mask)
-        if mask.any():
-            noised = clean.masked_fill(mask, data.tokenizer.mask_id).unsqueeze(0)
-            log_p = log_probabilities(denoiser, Query(noised, mask.unsqueeze(0)), clean.unsqueeze(0))
-            total -= sample.loss_weight * log_p.sum().item()
+    samples = [one for one in data.validation_samples(range(len(data.validation_examples))) if one.mask.any()]
+    samples.sort(key=lambda one: len(one.tokens))
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        clean = pad_sequence([torch.from_numpy(one.tokens) for one in batch], batch_first=True)
+        masked = pad_sequence([torch.from_numpy(one.mask) for one in batch], batch_first=True)
+        visible = torch.arange(clean.shape[1]) < torch.tensor([[len(one.tokens)] for one in batch])
+        query = Query(clean.masked_fill(masked, data.tokenizer.mask_id), masked, None if visible.all() else visible)
+        log_p = log_probabilities(denoiser, query, clean).sum(1)
+        total -= (log_p * torch.tensor([one.loss_weight for one in batch], dtype=torch.float64)).sum().item()
     return total

@@ -27,7 +27,7 @@ from llada_train.evaluation.likelihood import doubts, log_likelihoods
 from llada_train.evaluation.suite import Settings, problems
 from llada_train.parallel.launch import world_size
 from llada_train.sampling.options import SamplingOptions
-from llada_train.sampling.text import continue_prompts
+from llada_train.sampling.text import continue_prompts, fill_rows
 
 _KEY_BITS = 40
 
@@ -121,10 +121,9 @@ class HarnessModel(TemplateLM):
         """Whether greedy sampling, one token a step, gives the very answer."""
         mask = self._tokenizer.mask_id
         options = SamplingOptions(cfg=self.settings.cfg)
-        return [
-            continue_prompts(self._scorer, [context], len(answer), options, mask, ())[0] == answer
-            for context, answer in pairs
-        ]
+        rows = [[*context, *[mask] * len(answer)] for context, answer in pairs]
+        filled = fill_rows(self._scorer, rows, options, mask, self._batch_size)
+        return [row[len(context) :] == answer for row, (context, answer) in zip(filled, pairs, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, in windows as long as the model reads, each after the last token of the one before."""

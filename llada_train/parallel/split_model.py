@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import deepspeed
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -63,6 +64,13 @@ class SplitModel:
 
         with torch.no_grad():
             return [told["rows"] for told in self._schedule(batches, step, nullcontext(), forward_only=True)]
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """To be entered around `logits`, collective as `hidden`: ZeRO 3 gathers weights for forward passes alone."""
+        head = getattr(self.model.stages[-1], "head", None)  # none on stages before the last
+        weights = [] if head is None else [head.weight]
+        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(weights)
+        return gathered
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Tensor:

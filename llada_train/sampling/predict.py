@@ -70,4 +70,5 @@ def _draw_at_once(scores: Tensor, temperature: float, seeds: Tensor) -> Tensor:
     weights = weight(row, token)
     best = least.scatter_reduce(0, row, weights, "amax")
     winner = weights == best[row]
-    return torch.empty_like(row[: len(scores)]).scatter_(0, row[winner], token[winner])
+    # Zeros: a row of which nothing can be said, since its logits are NaN, has no winner.
+    return row.new_zeros(len(scores)).scatter_(0, row[winner], token[winner])

@@ -73,12 +73,13 @@ class SplitDenoiser:
         asked = [self._batch(query.part(rows), numbers[rows], size, width) for rows in micro_batches]
         hidden = self._model.hidden([batch for batch, _ in asked])
         told = torch.zeros(int(query.wanted.sum()), read.width, dtype=torch.float64)
-        for (_, index), rows in zip(asked, hidden, strict=False):  # stages before the last have none
-            found = read_logits(
-                rows, lambda piece: self._model.logits(piece)[:, :vocab_size], vocab_size, read, query.cfg, index
-            )
-            if self._model.is_first_slice:
-                told[index] = found
+        with self._model.whole_head():
+            for (_, index), rows in zip(asked, hidden, strict=False):  # stages before the last have none
+                found = read_logits(
+                    rows, lambda piece: self._model.logits(piece)[:, :vocab_size], vocab_size, read, query.cfg, index
+                )
+                if self._model.is_first_slice:
+                    told[index] = found
         told = told.to(self._model.topology.device)
         dist.all_reduce(told)
         return told.cpu()

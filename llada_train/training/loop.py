@@ -105,8 +105,8 @@ class Trainer:
             raise
         self._doing("saving")
         self.writer.save(self.progress)
-        if outcome is _Outcome.STOPPED and self._due(self.config.validation.interval_steps):
-            self._validate()  # after the save, for which there may be little time
+        if outcome is _Outcome.STOPPED:
+            self._look()  # after the save, for which there may be little time
         return outcome is _Outcome.COMPLETE
 
     def _train(self) -> _Outcome:
@@ -139,10 +139,7 @@ class Trainer:
                     interval = _Interval()
                 if stopping and not self._complete():
                     return _Outcome.STOPPED
-                if self._due(config.validation.interval_steps):
-                    self._validate()
-                if config.validation.samples is not None and self._due(config.validation.samples.interval_steps):
-                    self._write_samples(config.validation.samples)
+                self._look()
                 if self._due(config.checkpoint.interval_steps) and not self._complete():
                     self._doing("saving")
                     self.writer.start(self.progress)
@@ -263,6 +260,14 @@ class Trainer:
             step_seconds_p99=float(np.quantile(self.recent_seconds, 0.99)),
             nelbo_by_t=interval.losses.bound_by_t(),
         )
+
+    def _look(self) -> None:
+        """At what the model has learnt, as far as it is due."""
+        validation = self.config.validation
+        if self._due(validation.interval_steps):
+            self._validate()
+        if validation.samples is not None and self._due(validation.samples.interval_steps):
+            self._write_samples(validation.samples)
 
     def _write_samples(self, asked: SamplesConfig) -> None:
         self._doing("writing samples")

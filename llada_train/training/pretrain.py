@@ -146,6 +146,6 @@ def _restore(run: RunFolder, engine: Engine) -> Progress:
         initial = InitialWeights(config.model, config.seed)
         engine.set_weights(lambda shard: shard.of(initial.read(shard.name)))
     else:
-        with read_slices(config.init_from, config.model) as read:
+        with read_slices(config.init_from, config.model, engine.topology) as read:
             engine.set_weights(read)
     return Progress(step=0, consumed_samples=0)

@@ -6,7 +6,7 @@ from llada_train.config.schema import Config, SamplesConfig
 from llada_train.data.chat import prompt_ids
 from llada_train.data.sft import Example, SftData
 from llada_train.data.training_data import TrainingData
-from llada_train.evaluation.answers import BATCH, answer
+from llada_train.evaluation.answers import answer
 from llada_train.parallel.engine import Engine
 from llada_train.sampling.options import SamplingOptions
 from llada_train.sampling.split import SplitDenoiser
@@ -19,6 +19,8 @@ class Samples:
     def __init__(self, data: TrainingData, config: Config, engine: Engine) -> None:
         self._data, self._config = data, config
         self._denoiser = SplitDenoiser(engine, data.tokenizer.mask_id, data.tokenizer.vocab_size)
+        # As many for each copy's stages as in training: with more there may not be memory enough.
+        self._rows = config.training.micro_batch_size * config.parallel.pipeline_parallel * self._denoiser.copies
 
     def exact_match(self) -> float | None:
         """The share of the first `validation.answers` held-out prompts that are answered with the response, token by
@@ -34,7 +36,7 @@ class Samples:
         return self._denoiser.lead(lambda: self._continue(asked))
 
     def _share(self, data: SftData, examples: Sequence[Example]) -> float:
-        answered = answer(self._denoiser, data, examples, BATCH * self._denoiser.copies)
+        answered = answer(self._denoiser, data, examples, self._rows)
         return sum(one.exact for one in answered) / len(answered)
 
     def _continue(self, asked: SamplesConfig) -> list[tuple[str, str]]:
@@ -48,6 +50,6 @@ class Samples:
             options,
             tokenizer.mask_id,
             [tokenizer.eos_id],
-            BATCH * self._denoiser.copies,
+            self._rows,
         )
         return list(zip(asked.prompts, map(tokenizer.decode, answers), strict=True))

@@ -6,6 +6,7 @@ from typing import Any
 import asked
 import processes
 import pytest
+from conftest import write_config
 from hf_folders import checkpoint, export, released_folder
 
 from llada_train.config.schema import ModelConfig
@@ -57,3 +58,20 @@ def test_a_released_model_is_split_as_it_is(tmp_path: Path) -> None:
     with loaded(tmp_path / "hf") as whole:
         expected = asked.drawn(whole)
     assert processes.run(2, asked.ask, tmp_path / "hf", {"pipeline_parallel": 2}, asked.drawn) == [expected, None]
+
+
+def test_ranks_take_what_rank_0_found_and_are_refused_together(saved: Path, expected: dict[str, Any]) -> None:
+    """A run that goes on may save a checkpoint between the looks of two ranks."""
+    found = processes.run(2, asked.ask_what_rank_0_found, saved, {"tensor_parallel": 2})
+    assert found == [expected["drawn"], None]
+    assert processes.run(2, asked.refusal, saved, {}) == ["refused", "refused"]
+
+
+def test_texts_on_the_way_take_no_more_rows_at_once_than_training(tiny_data: Path, tmp_path: Path) -> None:
+    """Under ZeRO 3 and in stages, before the first step, and the same ones."""
+    config = write_config(tiny_data, tmp_path, training__micro_batch_size=2)
+    layouts = (["parallel.zero_stage=3"], ["parallel.pipeline_parallel=2"])
+    in_layouts = [processes.run(2, asked.texts_on_the_way, config, layout) for layout in layouts]
+    (texts, _), *_ = in_layouts[0]
+    assert texts is not None and len({text for _, text in texts}) > 1
+    assert in_layouts == [[(texts, 2), (None, 2)]] * 2

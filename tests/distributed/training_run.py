@@ -62,6 +62,8 @@ def train(config_file: Path, overrides: list[str], steps: int, checkpoints: Path
         data, size = open_data(config), config.training.global_batch_size
         loader = TrainingLoader(data, config, here.place)
         results, digests = [], []
+        if isinstance(data, SftData):
+            predictions(engine, data, config)  # which changes nothing of what follows
         for step in range(steps):
             batches = loader.global_batch(step * size)
             digests.append(digest(batches, masked_alone=config.sft is not None))

@@ -115,6 +115,7 @@ def test_stopped_fine_tuning_in_a_bf16_pipeline_goes_on_bit_for_bit(tiny_data: P
         "parallel__pipeline_parallel": 2,
         "training__micro_batch_size": 2,
         "optimizer__learning_rate": [{"until_steps": 4, "end": 2e-3}, {"until_steps": STEPS, "end": 1e-3}],
+        "validation__samples": {"prompts": ["of"], "interval_steps": 1, "gen_length": 2, "temperature": 1.0},
     }
     straight = new_run(tiny_data, tmp_path / "straight", **settings)
     finish(straight, 2)

@@ -10,7 +10,10 @@ from conftest import sft_settings, write_config
 from llada_train.config.load import load_config
 from llada_train.data.sft import SftData
 from llada_train.evaluation.answers import answers_report
+from llada_train.model.hf.configuration_llada import LLaDAConfig
+from llada_train.model.hf.modeling_llada import LLaDAModelLM
 from llada_train.sampling.denoiser import every_position
+from llada_train.sampling.plain import PlainDenoiser
 
 
 @pytest.fixture
@@ -47,3 +50,14 @@ def test_a_model_that_knows_nothing_gives_none_and_its_bound_is_that_of_a_die(da
     assert report.bound == pytest.approx(math.log(300), rel=0.5)
     masked = sum(one.loss_weight * one.mask.sum() for one in data.validation_samples(range(8)))
     assert report.bound == pytest.approx(math.log(300) * masked)
+
+
+def test_batches_change_nothing(data: SftData) -> None:
+    """Rows are of many lengths, and padding is not seen."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1, "mlp_hidden_size": 32}
+    ids = {"mask_token_id": data.tokenizer.mask_id, "eos_token_id": 0, "pad_token_id": 0}
+    config = LLaDAConfig(**sizes, **ids, vocab_size=384, max_sequence_length=64)
+    denoiser = PlainDenoiser(LLaDAModelLM(config), data.tokenizer.vocab_size)
+    alone, together = (answers_report(denoiser, data, batch_size) for batch_size in (1, 8))
+    assert together.bound == pytest.approx(alone.bound, rel=1e-5) and together.samples == alone.samples

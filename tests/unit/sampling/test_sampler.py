@@ -11,7 +11,9 @@ from torch import Tensor
 
 from llada_train.config.errors import UserError
 from llada_train.sampling.denoiser import Query, Read, every_position
+from llada_train.sampling.noise import position_seeds
 from llada_train.sampling.options import SamplingOptions
+from llada_train.sampling.predict import Prediction
 from llada_train.sampling.sampler import generate, infill
 from llada_train.sampling.schedule import keyed_uniforms, masked_fractions, random_steps, transfer_counts
 
@@ -67,6 +69,15 @@ def test_masks_anywhere_are_filled_and_nothing_else_changes(
     assert torch.equal(given_ids, before)
     assert torch.equal(out[before != MASK], before[before != MASK])
     assert not (out == MASK).any()
+
+
+def test_logits_that_are_no_numbers_give_some_id_and_leave_the_others_alone() -> None:
+    """As of a model whose activations overflow: a run's validation is to tell of it."""
+    logits, index = torch.randn(3, V, generator=torch.Generator().manual_seed(2)), torch.arange(3)
+    read = Prediction(SamplingOptions(temperature=1.0), MASK, position_seeds(0, 0, 0, index))
+    sound = read(logits.clone(), index)[:, 0]
+    found = read(logits.index_fill(0, torch.tensor([1]), torch.nan), index)[:, 0]
+    assert found[[0, 2]].tolist() == sound[[0, 2]].tolist() and found[1] in range(V)
 
 
 def test_greedy_takes_the_most_probable_token_but_never_the_mask() -> None:
