@@ -69,6 +69,11 @@ def evaluate(
         raise UserError(f"evaluate: {' and '.join(given)}; give one of them")
     if plot is not None and text is None:
         raise UserError("evaluate: --plot draws what --text measures; give that, too")
+    of_tasks = {"--shots": shots, "--set": setting, "--include": include, "--limit": limit}
+    switches = {"--chat": chat, "--run-code": run_code}
+    alone = [name for name, value in {**of_tasks, **switches}.items() if value not in (None, False)]
+    if alone and tasks is None and suite is None:
+        raise UserError(f"evaluate: {' and '.join(alone)}: for tasks alone; give --tasks or --suite, too")
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: no folder {path.parent}; make it first")

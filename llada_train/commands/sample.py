@@ -102,15 +102,20 @@ def sample(
             raise UserError(f"{path}: no folder {path.parent}; make it first")
     from llada_train.checkpoint.store import check_model
 
+    if output is not None and inputs is not None and output.resolve() == inputs.resolve():
+        raise UserError(f"--output {output}: is the --input; give another file")
     check_model(model)  # before the slow imports
-    from llada_train.convert.load import describe
-    from llada_train.data.tokenizer import CHAT_TOKENS
-    from llada_train.parallel.launch import world_size
     from llada_train.sampling.options import SamplingOptions
 
     chosen = {"remasking": remasking.value, "timesteps": timesteps.value, "rules": rules.value, "cache": cache.value}
     given: dict[str, Any] = {"temperature": temperature, "threshold": threshold, "cfg": cfg, "seed": seed, **chosen}
-    SamplingOptions(steps, block_length, **given)
+    options = SamplingOptions(steps, block_length, **given)
+    if any("infill" not in job for job in jobs):
+        options.check_length(gen_length)
+    from llada_train.convert.load import describe
+    from llada_train.data.tokenizer import CHAT_TOKENS
+    from llada_train.parallel.launch import world_size
+
     sizes, tokenizer = describe(model)
     ends = tuple(id for id in (tokenizer.eos_id, tokenizer.id_of(CHAT_TOKENS[-1])) if id is not None)
     options = SamplingOptions(
@@ -119,8 +124,6 @@ def sample(
     rows = [_ids(job, tokenizer) for job in jobs]
     prompts = [i for i, job in enumerate(jobs) if "infill" not in job]
     infills = [i for i, job in enumerate(jobs) if "infill" in job]
-    if prompts:
-        options.check_length(gen_length)
     for i in infills:
         options.steps_per_block(rows[i].count(tokenizer.mask_id))
     for i, row in enumerate(rows):

@@ -10,6 +10,7 @@ import torch
 
 from llada_train.checkpoint.reader import Checkpoint, open_verified
 from llada_train.checkpoint.store import is_hf_folder, resolve
+from llada_train.config.errors import UserError
 from llada_train.config.schema import ModelConfig, ParallelConfig
 from llada_train.convert.from_hf import HfWeights
 from llada_train.convert.plain import plain_model
@@ -61,7 +62,15 @@ def describe(path: Path) -> tuple[ModelConfig, Tokenizer]:
         with HfWeights(path, tokenizer=tokenizer) as weights:
             return weights.model, tokenizer
     with Checkpoint(resolve(path)) as checkpoint:
-        return checkpoint.model, Tokenizer.load(checkpoint.tokenizer)
+        return checkpoint.model, _tokenizer(checkpoint)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    path = checkpoint.tokenizer
+    if not path.is_absolute() and not path.exists():
+        asked = f"data.tokenizer of {checkpoint.folder}"
+        raise UserError(f"{asked}: {path}: no such folder from here; run this where the run was started")
+    return Tokenizer.load(path)
 
 
 def load_plain(path: Path, dtype: torch.dtype = torch.float32) -> tuple[LLaDAModelLM, Tokenizer]:
@@ -75,7 +84,7 @@ def load_plain(path: Path, dtype: torch.dtype = torch.float32) -> tuple[LLaDAMod
         with HfWeights(path, tokenizer=tokenizer) as weights:
             return plain_model(weights, weights.model, dtype), tokenizer
     with open_verified(path) as checkpoint:
-        return plain_model(checkpoint, checkpoint.model, dtype), Tokenizer.load(checkpoint.tokenizer)
+        return plain_model(checkpoint, checkpoint.model, dtype), _tokenizer(checkpoint)
 
 
 @contextmanager

@@ -87,6 +87,10 @@ def run_tasks(
         except (OSError, ConnectionError) as error:
             raise UserError(f"evaluate: {task.task}: its data cannot be had: {error}") from None
         except ValueError as error:
+            if "larger than population" in str(error):  # random.sample's, of the examples shown before a question
+                raise UserError(
+                    f"evaluate: {task.task}: {task.shots} shots are more than its documents; take fewer"
+                ) from None
             if "unsafe" not in str(error):
                 raise
             raise UserError(

@@ -219,6 +219,7 @@ def test_many_prompts_and_a_trace(model: Path, tmp_path: Path) -> None:
         (["evaluate", "--tasks", "piqa", "--set", "cgf=1"], "--set: cgf"),
         (["evaluate", "--tasks", "piqa", "--set", "steps=3", "--set", "threshold=0.9"], "leave out the steps"),
         (["evaluate", "--tasks", "piqa", "--text", "a"], "--tasks and --text"),
+        (["evaluate", "--set", "cfg=0.5", "--chat"], "--set and --chat: for tasks alone; give --tasks or --suite, too"),
         (["evaluate", "--suite", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["evaluate", "--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
     ],
@@ -234,10 +235,17 @@ def test_mistakes_are_told_before_the_model_is_loaded(
         in_process(arguments[0], model, *arguments[1:])
 
 
+def test_more_shots_than_documents(model: Path, local_tasks: Path) -> None:
+    with pytest.raises(UserError, match="local_choice: 40 shots are more than its documents"):
+        in_process("evaluate", model, "--tasks", "local_choice", "--include", local_tasks, "--shots", 40)
+
+
 def test_messages_of_another_shape(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"text": "a"}]}))
     with pytest.raises(UserError, match="each message has a role and a content"):
         in_process("sample", model, "--input", tmp_path / "in.jsonl")
+    with pytest.raises(UserError, match="is the --input; give another file"):
+        in_process("sample", model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "." / "in.jsonl")
 
 
 def test_the_shipped_suites_name_tasks_that_there_are() -> None:
